@@ -1,0 +1,173 @@
+// The CPU kernels as Python sees them: addresses as integers, sizes, dtypes as 0 (float32) and
+// 1 (bfloat16). fastsae/backends/cpu.py is the only caller and checks every tensor before.
+#include <pybind11/pybind11.h>
+
+#include "../cpu/kernels.h"
+#include "fastsae/threading.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using fastsae::DType;
+using Address = std::uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+fastsae::Matrix matrix(Address data, int64_t stride, int dtype) {
+  return {at<const void>(data), stride, static_cast<DType>(dtype)};
+}
+fastsae::MutableMatrix mutable_matrix(Address data, int64_t stride, int dtype) {
+  return {at<void>(data), stride, static_cast<DType>(dtype)};
+}
+fastsae::Codes codes(Address indices, Address offsets, int64_t n_tokens, int64_t k) {
+  return {at<const int32_t>(indices), at<const int64_t>(offsets), n_tokens, k};
+}
+fastsae::SelectionState state(Address lower, Address upper, Address indices, Address counts,
+                              Address thresholds, Address redo, int64_t capacity) {
+  return {at<float>(lower),      at<float>(upper),   at<int32_t>(indices), at<int32_t>(counts),
+          at<float>(thresholds), at<uint8_t>(redo), capacity};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of fastsae; called through fastsae.ops.";
+  using release_gil = py::call_guard<py::gil_scoped_release>;
+
+  m.def("isa", [] { return std::string(fastsae::kernels().isa); });
+  m.def("select_isa", [](const std::string& isa) { return fastsae::select_isa(isa.c_str()); });
+  m.def("isas", [] {
+    py::list list;
+    for (int i = 0; const auto* status = fastsae::isa_status(i); ++i)
+      list.append(py::make_tuple(status->name, status->built, status->runs_here));
+    return list;
+  });
+  m.def("max_threads", [] { return fastsae::max_threads(); });
+
+  m.def(
+      "pack_rows",
+      [](Address rows, int64_t stride, int dtype, Address shift, int64_t n, int64_t d,
+         Address packed, int packed_dtype, Address norm, Address residual_norm,
+         Address not_finite) {
+        fastsae::kernels().pack_rows(matrix(rows, stride, dtype), at<const float>(shift), n, d,
+                                     at<void>(packed), static_cast<DType>(packed_dtype),
+                                     at<float>(norm), at<float>(residual_norm),
+                                     at<uint8_t>(not_finite));
+      },
+      release_gil());
+  m.def(
+      "select_chunk",
+      [](Address scores, int64_t stride, int dtype, int64_t n, int64_t f_begin, int64_t f_count,
+         Address b_enc, Address row_residual, Address row_norm, Address latent_norm,
+         Address latent_residual, float relative, float absolute, int64_t k, Address lower,
+         Address upper, Address indices, Address counts, Address thresholds, Address redo,
+         int64_t capacity) {
+        const fastsae::ScreenBounds bounds = {at<const float>(row_residual),
+                                              at<const float>(row_norm),
+                                              at<const float>(latent_norm),
+                                              at<const float>(latent_residual),
+                                              relative,
+                                              absolute};
+        fastsae::kernels().select_chunk(
+            matrix(scores, stride, dtype), n, f_begin, f_count, at<const float>(b_enc), bounds, k,
+            state(lower, upper, indices, counts, thresholds, redo, capacity));
+      },
+      release_gil());
+  m.def(
+      "select_finish",
+      [](Address x, int64_t x_stride, int dtype, Address b_dec, Address w_enc, int64_t w_stride,
+         Address b_enc, int64_t n, int64_t d, int64_t d_sae, int64_t k, Address lower,
+         Address upper, Address candidates, Address counts, Address thresholds, Address redo,
+         int64_t capacity, Address values, Address indices) {
+        fastsae::kernels().select_finish(
+            matrix(x, x_stride, dtype), at<const float>(b_dec), matrix(w_enc, w_stride, dtype),
+            at<const float>(b_enc), n, d, d_sae, k,
+            state(lower, upper, candidates, counts, thresholds, redo, capacity), at<void>(values),
+            at<int32_t>(indices));
+      },
+      release_gil());
+  m.def(
+      "relu_first",
+      [](Address values, Address indices, int64_t n, int64_t k, int dtype) {
+        fastsae::kernels().relu_first(at<void>(values), at<int32_t>(indices), n, k,
+                                      static_cast<DType>(dtype));
+      },
+      release_gil());
+  m.def(
+      "decode",
+      [](Address values, Address indices, Address offsets, int64_t n, int64_t k, Address w_dec,
+         int64_t w_stride, int dtype, int64_t d, Address b_dec, Address out, int64_t out_stride) {
+        fastsae::kernels().decode(at<const void>(values), codes(indices, offsets, n, k),
+                                  matrix(w_dec, w_stride, dtype), d, at<const float>(b_dec),
+                                  mutable_matrix(out, out_stride, dtype));
+      },
+      release_gil());
+  m.def(
+      "squared_error",
+      [](Address values, Address indices, Address offsets, int64_t n, int64_t k, Address w_dec,
+         int64_t w_stride, int dtype, int64_t d, Address b_dec, Address target,
+         int64_t target_stride, Address residual, int64_t residual_stride,
+         Address squared_error) {
+        fastsae::kernels().squared_error(
+            at<const void>(values), codes(indices, offsets, n, k), matrix(w_dec, w_stride, dtype),
+            d, at<const float>(b_dec), matrix(target, target_stride, dtype),
+            mutable_matrix(residual, residual_stride, dtype), at<float>(squared_error));
+      },
+      release_gil());
+  m.def(
+      "sampled_dot",
+      [](Address g, int64_t g_stride, Address indices, Address offsets, int64_t n, int64_t k,
+         Address w_dec, int64_t w_stride, int dtype, int64_t d, Address row_scale, Address out) {
+        fastsae::kernels().sampled_dot(matrix(g, g_stride, dtype), codes(indices, offsets, n, k),
+                                       matrix(w_dec, w_stride, dtype), d,
+                                       at<const float>(row_scale), at<void>(out));
+      },
+      release_gil());
+  m.def(
+      "transpose",
+      [](Address indices, Address offsets, int64_t n, int64_t k, int64_t d_sae,
+         Address latent_offsets, Address tokens, Address entries) {
+        fastsae::transpose(codes(indices, offsets, n, k), d_sae, at<int64_t>(latent_offsets),
+                           at<int32_t>(tokens), at<int64_t>(entries));
+      },
+      release_gil());
+  m.def(
+      "indices_within",
+      [](Address indices, int64_t nnz, int64_t d_sae) {
+        return fastsae::indices_within(at<const int32_t>(indices), nnz, d_sae);
+      },
+      release_gil());
+  m.def(
+      "accumulate_rows",
+      [](Address values, Address latent_offsets, Address tokens, Address entries, int64_t d_sae,
+         Address g, int64_t g_stride, int dtype, int64_t d, Address shift, Address row_scale,
+         Address out, int64_t out_stride, Address value_sums) {
+        const fastsae::LatentMajor latent_major = {at<const int64_t>(latent_offsets),
+                                                   at<const int32_t>(tokens),
+                                                   at<const int64_t>(entries), d_sae};
+        fastsae::kernels().accumulate_rows(at<const void>(values), latent_major,
+                                           matrix(g, g_stride, dtype), d, at<const float>(shift),
+                                           at<const float>(row_scale),
+                                           mutable_matrix(out, out_stride, dtype),
+                                           at<void>(value_sums));
+      },
+      release_gil());
+  m.def(
+      "normalize_rows",
+      [](Address rows, int64_t stride, int dtype, int64_t n, int64_t d, float eps) {
+        fastsae::kernels().normalize_rows(mutable_matrix(rows, stride, dtype), n, d, eps);
+      },
+      release_gil());
+  m.def(
+      "project_rows",
+      [](Address grad, int64_t grad_stride, Address rows, int64_t stride, int dtype, int64_t n,
+         int64_t d) {
+        fastsae::kernels().project_rows(mutable_matrix(grad, grad_stride, dtype),
+                                        matrix(rows, stride, dtype), n, d);
+      },
+      release_gil());
+}

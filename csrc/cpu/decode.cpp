@@ -1,0 +1,91 @@
+// decode:        y_n = b_dec + sum_j v_nj W_dec[i_nj]
+// squared_error: r_n = y_n - target_n, and |r_n|^2, without y ever being written.
+//
+// Access: token-major. The rows of W_dec that a token names are gathered with prefetch (gather.h); the
+// running sum of a token stays in the first-level cache and is written once. A row of W_dec is read
+// once for each entry, so the floor is nnz rows at the rate of random row reads. Static schedule:
+// every token of a top-k code has the same number of entries.
+#include "fastsae/scratch.h"
+#include "gather.h"
+#include "isa_kernels.h"
+
+namespace fastsae {
+namespace FASTSAE_ISA {
+namespace {
+
+template <typename T>
+void decode_row(const T* values, const Codes& codes, int64_t n, const T* w, int64_t stride,
+                int64_t d, const float* b_dec, float* sum) {
+  const int64_t begin = codes.begin(n), count = codes.begin(n + 1) - begin;
+  for (int64_t i = 0; i < d; ++i) sum[i] = b_dec ? b_dec[i] : 0.0f;
+  add_weighted_rows<false>(
+      w, stride, d, nullptr, count, [&](int64_t j) { return to_float(values[begin + j]); },
+      [&](int64_t j) { return codes.indices[begin + j]; }, sum);
+}
+
+template <typename T>
+void decode_as(const T* values, Codes codes, Matrix w_dec, int64_t d, const float* b_dec,
+               MutableMatrix out) {
+#pragma omp parallel
+  {
+    Scratch<float> sum(d);
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < codes.n_tokens; ++n) {
+      decode_row(values, codes, n, static_cast<const T*>(w_dec.data), w_dec.stride, d, b_dec,
+                 sum.get());
+      write_row(sum.get(), d, static_cast<T*>(out.data) + n * out.stride);
+    }
+  }
+}
+
+template <typename T>
+void squared_error_as(const T* values, Codes codes, Matrix w_dec, int64_t d, const float* b_dec,
+                      Matrix target, MutableMatrix residual, float* squared_error) {
+#pragma omp parallel
+  {
+    Scratch<float> sum(d);
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < codes.n_tokens; ++n) {
+      decode_row(values, codes, n, static_cast<const T*>(w_dec.data), w_dec.stride, d, b_dec,
+                 sum.get());
+      const T* t = static_cast<const T*>(target.data) + n * target.stride;
+      F16 squares = zero();
+      int64_t i = 0;
+      for (; i + kLanes <= d; i += kLanes) {
+        const F16 r = sub(load(sum.get() + i), load(t + i));
+        store(sum.get() + i, r);
+        squares = fma(r, r, squares);
+      }
+      if (i < d) {
+        const F16 r = sub(load_partial(sum.get() + i, d - i), load_partial(t + i, d - i));
+        store_partial(sum.get() + i, r, d - i);
+        squares = fma(r, r, squares);
+      }
+      squared_error[n] = reduce(squares);
+      write_row(sum.get(), d, static_cast<T*>(residual.data) + n * residual.stride);
+    }
+  }
+}
+
+}  // namespace
+
+void decode(const void* values, Codes codes, Matrix w_dec, int64_t d, const float* b_dec,
+            MutableMatrix out) {
+  if (w_dec.dtype == DType::float32)
+    decode_as(static_cast<const float*>(values), codes, w_dec, d, b_dec, out);
+  else
+    decode_as(static_cast<const bfloat16*>(values), codes, w_dec, d, b_dec, out);
+}
+
+void squared_error(const void* values, Codes codes, Matrix w_dec, int64_t d, const float* b_dec,
+                   Matrix target, MutableMatrix residual, float* squared_error) {
+  if (w_dec.dtype == DType::float32)
+    squared_error_as(static_cast<const float*>(values), codes, w_dec, d, b_dec, target, residual,
+                     squared_error);
+  else
+    squared_error_as(static_cast<const bfloat16*>(values), codes, w_dec, d, b_dec, target, residual,
+                     squared_error);
+}
+
+}  // namespace FASTSAE_ISA
+}  // namespace fastsae

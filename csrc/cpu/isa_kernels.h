@@ -1,0 +1,29 @@
+// The kernels as each instruction set declares them; isa_table.cpp gathers them into a KernelTable.
+#pragma once
+
+#include "fastsae/abi.h"
+#include "fastsae/simd.h"
+
+namespace fastsae {
+namespace FASTSAE_ISA {
+
+void pack_rows(Matrix rows, const float* shift, int64_t n, int64_t d, void* packed,
+               DType packed_dtype, float* norm, float* residual_norm, uint8_t* not_finite);
+void select_chunk(Matrix scores, int64_t n, int64_t f_begin, int64_t f_count, const float* b_enc,
+                  ScreenBounds bounds, int64_t k, SelectionState state);
+void select_finish(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc, int64_t n,
+                   int64_t d, int64_t d_sae, int64_t k, SelectionState state, void* values,
+                   int32_t* indices);
+void relu_first(void* values, int32_t* indices, int64_t n, int64_t k, DType dtype);
+void decode(const void* values, Codes codes, Matrix w_dec, int64_t d, const float* b_dec,
+            MutableMatrix out);
+void squared_error(const void* values, Codes codes, Matrix w_dec, int64_t d, const float* b_dec,
+                   Matrix target, MutableMatrix residual, float* squared_error);
+void sampled_dot(Matrix g, Codes codes, Matrix w_dec, int64_t d, const float* row_scale, void* out);
+void accumulate_rows(const void* values, LatentMajor codes, Matrix g, int64_t d, const float* shift,
+                     const float* row_scale, MutableMatrix out, void* value_sums);
+void normalize_rows(MutableMatrix rows, int64_t n, int64_t d, float eps);
+void project_rows(MutableMatrix grad, Matrix rows, int64_t n, int64_t d);
+
+}  // namespace FASTSAE_ISA
+}  // namespace fastsae

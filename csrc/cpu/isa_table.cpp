@@ -1,0 +1,18 @@
+// One instruction set's kernels, gathered into a table. Compiled once per instruction set.
+#include "isa_kernels.h"
+#include "kernels.h"
+
+#define FASTSAE_STRING_OF(name) #name
+#define FASTSAE_STRING(name) FASTSAE_STRING_OF(name)
+
+namespace fastsae {
+namespace FASTSAE_ISA {
+
+extern const KernelTable table;
+const KernelTable table = {
+    FASTSAE_STRING(FASTSAE_ISA), pack_rows,     select_chunk,    select_finish,  relu_first,  decode,
+    squared_error,               sampled_dot,   accumulate_rows, normalize_rows, project_rows,
+};
+
+}  // namespace FASTSAE_ISA
+}  // namespace fastsae

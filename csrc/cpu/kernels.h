@@ -1,0 +1,51 @@
+// The kernels of one instruction set, as one table. Every function states its maths in its own file.
+#pragma once
+
+#include "fastsae/abi.h"
+
+namespace fastsae {
+
+struct KernelTable {
+  const char* isa;
+
+  void (*pack_rows)(Matrix rows, const float* shift, int64_t n, int64_t d, void* packed,
+                    DType packed_dtype, float* norm, float* residual_norm, uint8_t* not_finite);
+  void (*select_chunk)(Matrix scores, int64_t n, int64_t f_begin, int64_t f_count,
+                       const float* b_enc, ScreenBounds bounds, int64_t k, SelectionState state);
+  void (*select_finish)(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc, int64_t n,
+                        int64_t d, int64_t d_sae, int64_t k, SelectionState state, void* values,
+                        int32_t* indices);
+  void (*relu_first)(void* values, int32_t* indices, int64_t n, int64_t k, DType dtype);
+  void (*decode)(const void* values, Codes codes, Matrix w_dec, int64_t d, const float* b_dec,
+                 MutableMatrix out);
+  void (*squared_error)(const void* values, Codes codes, Matrix w_dec, int64_t d,
+                        const float* b_dec, Matrix target, MutableMatrix residual,
+                        float* squared_error);
+  void (*sampled_dot)(Matrix g, Codes codes, Matrix w_dec, int64_t d, const float* row_scale,
+                      void* out);
+  void (*accumulate_rows)(const void* values, LatentMajor codes, Matrix g, int64_t d,
+                          const float* shift, const float* row_scale, MutableMatrix out,
+                          void* value_sums);
+  void (*normalize_rows)(MutableMatrix rows, int64_t n, int64_t d, float eps);
+  void (*project_rows)(MutableMatrix grad, Matrix rows, int64_t n, int64_t d);
+};
+
+// Stable counting sort of the entries by latent; one version serves every instruction set.
+void transpose(Codes codes, int64_t d_sae, int64_t* offsets, int32_t* tokens, int64_t* entries);
+
+// Whether every index lies in [0, d_sae).
+bool indices_within(const int32_t* indices, int64_t nnz, int64_t d_sae);
+
+// The table in use: the widest that the processor has, or the one that `select_isa` chose.
+const KernelTable& kernels();
+// False if this build or this processor has no such instruction set.
+bool select_isa(const char* isa);
+// Whether instruction set `i` was built and can run here; null past the last.
+struct IsaStatus {
+  const char* name;
+  bool built;
+  bool runs_here;
+};
+const IsaStatus* isa_status(int i);
+
+}  // namespace fastsae

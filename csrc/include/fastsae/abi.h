@@ -1,0 +1,72 @@
+// The types that cross from the bindings into a kernel: raw pointers, 64-bit sizes, no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace fastsae {
+
+enum class DType : int32_t { float32 = 0, bfloat16 = 1 };
+
+// A row-major matrix whose rows are contiguous; `stride` is the distance between rows in elements.
+struct Matrix {
+  const void* data;
+  int64_t stride;
+  DType dtype;
+};
+
+struct MutableMatrix {
+  void* data;
+  int64_t stride;
+  DType dtype;
+};
+
+// Codes of `n_tokens` rows. Row n owns the entries [begin(n), begin(n + 1)). With exactly k entries
+// in each row `offsets` is null.
+struct Codes {
+  const int32_t* indices;
+  const int64_t* offsets;
+  int64_t n_tokens;
+  int64_t k;
+
+  int64_t begin(int64_t n) const { return offsets ? offsets[n] : n * k; }
+};
+
+// Entries sorted by latent: latent f owns [offsets[f], offsets[f + 1]) of `tokens` (the row each
+// entry came from) and `entries` (its place in the codes' values).
+struct LatentMajor {
+  const int64_t* offsets;
+  const int32_t* tokens;
+  const int64_t* entries;
+  int64_t d_sae;
+};
+
+// What the screen of `encode` knows of each row, and of each latent of the chunk at hand;
+// docs/maths.md, "Certified selection".
+struct ScreenBounds {
+  const float* row_residual;     // A[n]
+  const float* row_norm;         // B[n]
+  const float* latent_norm;      // alpha[f]
+  const float* latent_residual;  // beta[f]
+  float relative;                // share of |score| lost when the score itself was rounded
+  float absolute;                // underflow
+};
+
+// Running state of a block of rows: up to `capacity` candidates a row, each with the two ends of the
+// interval that holds its pre-activation. A row whose `redo` is not zero takes no part in the screen.
+enum Redo : uint8_t {
+  kScreened = 0,
+  kExhaustive = 1,  // holds inf or NaN, or screening was not worth it
+  kOverflowed = 2,  // more candidates than fit
+  kLeftOut = 3,     // another screen sees to it
+};
+struct SelectionState {
+  float* lower;
+  float* upper;
+  int32_t* indices;
+  int32_t* counts;
+  float* thresholds;
+  uint8_t* redo;
+  int64_t capacity;
+};
+
+}  // namespace fastsae

@@ -1,0 +1,170 @@
+"""The C++ kernels: checks tensors, allocates results, and passes addresses."""
+
+import torch
+from torch import Tensor
+
+from fastsae.backends import native
+from fastsae.backends.screen import Screen
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why this backend cannot run `op`, or an empty string."""
+    if device.type != "cpu":
+        return f"the C++ kernels run on a CPU, the tensors are on {device.type}"
+    if native.cpu is None:
+        return native.why_not_cpu
+    if op != "transpose" and dtype not in _DTYPES:
+        return f"the C++ kernels take float32 and bfloat16, not {dtype}"
+    return ""
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def rows_of(matrix: Tensor) -> Tensor:
+    """`matrix`, copied only if its rows are not contiguous."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
+
+
+def floats(vector: Tensor | None) -> Tensor | None:
+    """Biases and scales reach the kernels as contiguous float32."""
+    return None if vector is None else vector.to(torch.float32).contiguous()
+
+
+def _codes(indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None, int, int]:
+    indices = indices.contiguous()
+    if offsets is None:
+        return indices, None, indices.shape[0], indices.shape[1]
+    return indices, offsets.contiguous(), offsets.numel() - 1, 0
+
+
+def _check_indices(indices: Tensor, d_sae: int) -> None:
+    # A kernel that follows a wrong index reads memory that is not its own; the check is a thousandth of
+    # the gather it guards.
+    if not native.cpu.indices_within(address(indices), indices.numel(), d_sae):
+        low, high = int(indices.min()), int(indices.max())
+        raise ValueError(f"indices run from {low} to {high}, expected them in [0, {d_sae}) (d_sae = {d_sae})")
+
+
+def encode_topk(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, relu_first: bool
+) -> tuple[Tensor, Tensor]:
+    x, w_enc = rows_of(x), rows_of(w_enc)
+    values = x.new_empty(x.shape[0], k)
+    indices = torch.empty(x.shape[0], k, dtype=torch.int32)
+    if x.shape[0]:
+        Screen(x, w_enc, floats(b_enc), floats(b_dec), k).run(values, indices)
+    if relu_first:
+        native.cpu.relu_first(address(values), address(indices), x.shape[0], k, _DTYPES[x.dtype])
+    return values, indices
+
+
+def decode(
+    values: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tensor, b_dec: Tensor | None
+) -> Tensor:
+    values, w_dec, b_dec = values.contiguous(), rows_of(w_dec), floats(b_dec)
+    indices, offsets, n_tokens, k = _codes(indices, offsets)
+    _check_indices(indices, w_dec.shape[0])
+    y = w_dec.new_empty(n_tokens, w_dec.shape[1])
+    native.cpu.decode(
+        address(values), address(indices), address(offsets), n_tokens, k, address(w_dec), w_dec.stride(0),
+        _DTYPES[w_dec.dtype], w_dec.shape[1], address(b_dec), address(y), y.stride(0),
+    )  # fmt: skip
+    return y
+
+
+def squared_error(
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    w_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+) -> tuple[Tensor, Tensor]:
+    values, w_dec, b_dec, target = values.contiguous(), rows_of(w_dec), floats(b_dec), rows_of(target)
+    indices, offsets, n_tokens, k = _codes(indices, offsets)
+    _check_indices(indices, w_dec.shape[0])
+    residual = target.new_empty(target.shape)
+    squared = torch.empty(n_tokens, dtype=torch.float32)
+    native.cpu.squared_error(
+        address(values), address(indices), address(offsets), n_tokens, k, address(w_dec), w_dec.stride(0),
+        _DTYPES[w_dec.dtype], w_dec.shape[1], address(b_dec), address(target), target.stride(0),
+        address(residual), residual.stride(0), address(squared),
+    )  # fmt: skip
+    return residual, squared
+
+
+def sampled_dot(
+    g: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tensor, row_scale: Tensor | None
+) -> Tensor:
+    g, w_dec, row_scale = rows_of(g), rows_of(w_dec), floats(row_scale)
+    indices, offsets, n_tokens, k = _codes(indices, offsets)
+    _check_indices(indices, w_dec.shape[0])
+    out = g.new_empty(indices.shape)
+    native.cpu.sampled_dot(
+        address(g), g.stride(0), address(indices), address(offsets), n_tokens, k, address(w_dec),
+        w_dec.stride(0), _DTYPES[g.dtype], g.shape[1], address(row_scale), address(out),
+    )  # fmt: skip
+    return out
+
+
+def transpose(indices: Tensor, offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    indices, offsets, n_tokens, k = _codes(indices, offsets)
+    _check_indices(indices, d_sae)
+    latent_offsets = torch.empty(d_sae + 1, dtype=torch.int64)
+    tokens = torch.empty(indices.numel(), dtype=torch.int32)
+    entries = torch.empty(indices.numel(), dtype=torch.int64)
+    native.cpu.transpose(
+        address(indices), address(offsets), n_tokens, k, d_sae, address(latent_offsets), address(tokens),
+        address(entries),
+    )  # fmt: skip
+    return latent_offsets, tokens, entries
+
+
+def accumulate_rows(
+    values: Tensor,
+    latent_offsets: Tensor,
+    tokens: Tensor,
+    entries: Tensor,
+    g: Tensor,
+    shift: Tensor | None,
+    row_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    values, g, shift, row_scale = values.contiguous(), rows_of(g), floats(shift), floats(row_scale)
+    d_sae = latent_offsets.numel() - 1
+    out = g.new_empty(d_sae, g.shape[1])
+    sums = g.new_empty(d_sae)
+    native.cpu.accumulate_rows(
+        address(values), address(latent_offsets), address(tokens), address(entries), d_sae, address(g),
+        g.stride(0), _DTYPES[g.dtype], g.shape[1], address(shift), address(row_scale), address(out),
+        out.stride(0), address(sums),
+    )  # fmt: skip
+    return out, sums
+
+
+def normalize_rows_(rows: Tensor, eps: float) -> None:
+    if rows.stride(1) != 1 and rows.shape[1] > 1:
+        rows.copy_(_normalized(rows.contiguous(), eps))
+        return
+    native.cpu.normalize_rows(
+        address(rows), rows.stride(0), _DTYPES[rows.dtype], rows.shape[0], rows.shape[1], eps
+    )
+
+
+def _normalized(rows: Tensor, eps: float) -> Tensor:
+    normalize_rows_(rows, eps)
+    return rows
+
+
+def project_rows_(grad: Tensor, rows: Tensor) -> None:
+    rows = rows_of(rows)
+    target = rows_of(grad)
+    native.cpu.project_rows(
+        address(target), target.stride(0), address(rows), rows.stride(0), _DTYPES[rows.dtype],
+        rows.shape[0], rows.shape[1],
+    )  # fmt: skip
+    if target is not grad:
+        grad.copy_(target)

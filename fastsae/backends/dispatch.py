@@ -1,0 +1,92 @@
+"""One function chooses the backend of each call, one override changes it, one record tells what ran."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from fastsae.backends import cpu as cpu_backend
+from fastsae.backends import torch as torch_backend
+
+BACKENDS: dict[str, ModuleType] = {"torch": torch_backend, "cpu": cpu_backend}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which backend serves a call, and why."""
+
+    backend: str
+    reason: str
+
+
+_override: str | None = None
+_last: dict[str, Choice] = {}
+
+
+def _check(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}={name!r}: expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+def _requested() -> tuple[str, str] | None:
+    if _override is not None:
+        return _override, "asked for by fastsae.backend"
+    name = os.environ.get("FASTSAE_BACKEND")
+    if name:
+        return _check(name, "FASTSAE_BACKEND"), "asked for by FASTSAE_BACKEND"
+    return None
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """The backend for `op` on tensors of this device and dtype, and the reason."""
+    requested = _requested()
+    if requested is not None:
+        name, reason = requested
+        why_not = BACKENDS[name].why_not(op, device, dtype)
+        if why_not:
+            raise ValueError(f"backend {name!r} ({reason}) cannot run {op}: {why_not}")
+        return Choice(name, reason)
+    why_not = cpu_backend.why_not(op, device, dtype)
+    if not why_not:
+        return Choice("cpu", f"native kernels for {dtype} on a CPU")
+    return Choice("torch", why_not)
+
+
+def call(op: str, device: torch.device, dtype: torch.dtype, *args):
+    """Runs `op` on the chosen backend and remembers the choice for `fastsae.explain`."""
+    choice = choose(op, device, dtype)
+    _last[op] = choice
+    kernel: Callable = getattr(BACKENDS[choice.backend], op)
+    return kernel(*args)
+
+
+class _Override(contextlib.AbstractContextManager):
+    def __init__(self, previous: str | None):
+        self._previous = previous
+
+    def __exit__(self, *exc_info) -> None:
+        global _override
+        _override = self._previous
+
+
+def backend(name: str | None) -> contextlib.AbstractContextManager:
+    """Sends every operator to one backend, from now on or, as a context manager, for a while.
+
+    `name` is "torch" or "cpu"; None gives the choice back to fastsae. Raises ValueError for an unknown name;
+    a call that the backend cannot serve raises ValueError then.
+    """
+    global _override
+    if name is not None:
+        _check(name, "name")
+    restore = _Override(_override)
+    _override = name
+    return restore
+
+
+def last_choices() -> Iterator[tuple[str, Choice]]:
+    """Each operator that ran in this process, with the backend that served it last."""
+    yield from _last.items()

@@ -1,0 +1,197 @@
+"""The screen of encode_topk on a CPU: a GEMM by chunks of latents, of any precision, and what it may be trusted for.
+
+The scores of a chunk only decide which latents could still be among the winners; `csrc/cpu/encode.cpp` keeps
+those, by the bound of docs/maths.md ("Certified selection"), and computes each kept value anew by the one defined
+dot product. So the GEMM is PyTorch's own, in bfloat16 where the processor multiplies bfloat16 natively, and the result is
+the same to the bit whichever ran. Another screen (integer products, say) needs a `_scores` and its bound.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastsae.backends import native
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+# Scores of one chunk: 1,024 rows x 512 latents are 1 MiB in bfloat16 and stay in the second-level cache between
+# the GEMM and the selection; halves of either cost the GEMM more in packing (benchmarks/results, encode chunks).
+_ROWS = 1024
+_LATENTS = 512
+# Below this many latents, or this many a pick, screening saves nothing: every value is computed.
+_FEWEST_LATENTS = 256
+_FEWEST_LATENTS_PER_PICK = 4
+# A float32 screen reads all of W_enc once more; computing every value of one row costs about an eighth of that.
+_FEWEST_ROWS_TO_RESCREEN = 8
+
+# Values of a row's `redo` flag, as csrc/include/fastsae/abi.h names them.
+_EXHAUSTIVE, _OVERFLOWED, _LEFT_OUT = 1, 2, 3
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _gamma(operations: int) -> float:
+    """γ_n = n u / (1 - n u), u = 2⁻²⁴: the relative error bound of n float32 operations (Higham 2002, section 3.1)."""
+    unit = operations * 2.0**-24
+    return unit / (1 - unit)
+
+
+def _float32_matmul_is_reduced() -> bool:
+    """Whether torch has been told it may round float32 factors of a product (to tf32 or bfloat16)."""
+    settings = [torch.get_float32_matmul_precision()]
+    for place in (torch.backends, torch.backends.mkldnn, getattr(torch.backends.mkldnn, "matmul", None)):
+        settings.append(getattr(place, "fp32_precision", "none"))
+    return any(setting not in ("highest", "ieee", "none") for setting in settings)
+
+
+def screen_dtype() -> torch.dtype:
+    """bfloat16 where the processor has instructions for its products (FASTSAE_SCREEN names another), else float32."""
+    name = os.environ.get("FASTSAE_SCREEN")
+    if name is not None:
+        if name not in ("float32", "bfloat16"):
+            raise ValueError(f"FASTSAE_SCREEN={name!r}: expected float32 or bfloat16")
+        return getattr(torch, name)
+    native_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if native_bfloat16 and torch.backends.mkldnn.is_available() else torch.float32
+
+
+@dataclass
+class _Packed:
+    """Rows as the GEMM takes them, with upper bounds of ‖row‖ and ‖row - packed row‖."""
+
+    rows: Tensor
+    norm: Tensor
+    residual: Tensor
+    not_finite: Tensor | None
+
+
+class _Packer:
+    """Reusable memory for packed rows: in the screen's dtype, less a shift where there is one."""
+
+    def __init__(self, most_rows: int, like: Tensor, dtype: torch.dtype, shift: Tensor | None):
+        d = like.shape[1]
+        self._as_is = like.dtype == dtype and shift is None
+        self._memory = None if self._as_is else torch.empty(most_rows, d, dtype=dtype)
+        self._dtype, self._shift = dtype, shift
+        self._norm, self._residual = torch.empty(most_rows), torch.empty(most_rows)
+
+    def __call__(self, rows: Tensor, not_finite: Tensor | None) -> _Packed:
+        n, d = rows.shape
+        norm, residual = self._norm[:n], self._residual[:n]
+        native.cpu.pack_rows(
+            _address(rows), rows.stride(0), _DTYPES[rows.dtype], _address(self._shift), n, d,
+            _address(self._memory), _DTYPES[self._dtype], _address(norm), _address(residual),
+            _address(not_finite),
+        )  # fmt: skip
+        packed = rows if self._as_is else self._memory[:n]
+        # Denormals may be flushed before a product: each hides at most 2⁻¹²⁶ of an entry.
+        flushed = torch.where(norm > 0, d**0.5 * 2.0**-126, 0.0)
+        return _Packed(packed, norm, residual.add_(flushed), not_finite)
+
+
+class _State:
+    """The candidates of a block of rows: up to `capacity` a row, each with the interval its value lies in."""
+
+    def __init__(self, rows: int, k: int):
+        self.capacity = 4 * k + 128
+        self.lower, self.upper = torch.empty(2, rows, self.capacity)
+        self.indices = torch.empty(rows, self.capacity, dtype=torch.int32)
+        self.counts = torch.empty(rows, dtype=torch.int32)
+        self.thresholds = torch.empty(rows)
+        self.redo = torch.empty(rows, dtype=torch.uint8)
+
+    def reset(self) -> None:
+        self.counts.zero_()
+        self.thresholds.fill_(-torch.inf)
+        self.redo.zero_()
+
+    def arguments(self) -> tuple[int, ...]:
+        parts = (self.lower, self.upper, self.indices, self.counts, self.thresholds, self.redo)
+        return (*map(_address, parts), self.capacity)
+
+
+class Screen:
+    """encode_topk of x [n_tokens, d_in] with w_enc [d_sae, d_in]: float32 or bfloat16, rows contiguous."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        w_enc: Tensor,
+        b_enc: Tensor | None,
+        b_dec: Tensor | None,
+        k: int,
+        dtype: torch.dtype | None = None,
+    ):
+        self.x, self.w_enc, self.b_enc, self.b_dec, self.k = x, w_enc, b_enc, b_dec, k
+        self.dtype = dtype or screen_dtype()
+        self.d_sae = w_enc.shape[0]
+        self.exhaustive = self.d_sae < max(_FEWEST_LATENTS, _FEWEST_LATENTS_PER_PICK * k)
+
+    def run(self, values: Tensor, indices: Tensor) -> None:
+        """Writes the selection of every row into values [n_tokens, k] and int32 indices [n_tokens, k]."""
+        rows = min(_ROWS, self.x.shape[0])
+        state = _State(rows, self.k)
+        if not self.exhaustive:
+            pack_x = _Packer(rows, self.x, self.dtype, self.b_dec)
+            pack_w = _Packer(min(_LATENTS, self.d_sae), self.w_enc, self.dtype, None)
+            scores = torch.empty(rows * min(_LATENTS, self.d_sae), dtype=self.dtype)
+        for start in range(0, self.x.shape[0], rows):
+            block = slice(start, min(start + rows, self.x.shape[0]))
+            x = self.x[block]
+            state.reset()
+            if self.exhaustive:
+                state.redo.fill_(_EXHAUSTIVE)
+                overflowed = None
+            else:
+                self._select(x, pack_x(x, state.redo), pack_w, scores, state)
+                overflowed = self._overflowed(state, x.shape[0])
+            self._finish(x, state, values[block], indices[block])
+            if overflowed is not None:
+                again = Screen(x[overflowed], self.w_enc, self.b_enc, self.b_dec, self.k, torch.float32)
+                better = values.new_empty(len(overflowed), self.k), indices.new_empty(len(overflowed), self.k)
+                again.run(*better)
+                values[block][overflowed], indices[block][overflowed] = better
+
+    def _overflowed(self, state: _State, n: int) -> Tensor | None:
+        """The rows for which a float32 screen is cheaper than computing every value; `_finish` leaves them out."""
+        if self.dtype == torch.float32:
+            return None
+        overflowed = (state.redo[:n] == _OVERFLOWED).nonzero()[:, 0]
+        if len(overflowed) < _FEWEST_ROWS_TO_RESCREEN:
+            return None
+        state.redo[overflowed] = _LEFT_OUT
+        return overflowed
+
+    def _select(self, x: Tensor, rows: _Packed, pack_w: _Packer, scores: Tensor, state: _State) -> None:
+        n, d = x.shape
+        row_norm = rows.norm + rows.residual
+        reduced = 2.0**-7 if self.dtype == torch.float32 and _float32_matmul_is_reduced() else 0.0
+        product, value = _gamma(d + 2) + reduced, _gamma(d // 16 + 8)
+        relative = 2.0**-21 if self.dtype == torch.float32 else 1.01 * 2.0**-9
+        for f in range(0, self.d_sae, _LATENTS):
+            latents = pack_w(self.w_enc[f : f + _LATENTS], None)
+            count = latents.rows.shape[0]
+            # The sums below are of a few float32 operations each: 1e-5 covers their own rounding.
+            latent_norm = latents.norm * (1 + 1e-5)
+            latent_residual = (
+                latents.residual + (latents.norm + latents.residual) * product + latents.norm * value
+            ) * (1 + 1e-5)
+            chunk = scores[: n * count].view(n, count)
+            torch.mm(rows.rows, latents.rows.T, out=chunk)
+            native.cpu.select_chunk(
+                _address(chunk), count, _DTYPES[self.dtype], n, f, count,
+                _address(self.b_enc), _address(rows.residual), _address(row_norm),
+                _address(latent_norm), _address(latent_residual),
+                relative, d * 2.0**-126, self.k, *state.arguments(),
+            )  # fmt: skip
+
+    def _finish(self, x: Tensor, state: _State, values: Tensor, indices: Tensor) -> None:
+        native.cpu.select_finish(
+            _address(x), x.stride(0), _DTYPES[x.dtype], _address(self.b_dec), _address(self.w_enc),
+            self.w_enc.stride(0), _address(self.b_enc), x.shape[0], x.shape[1], self.d_sae, self.k,
+            *state.arguments(), _address(values), _address(indices),
+        )  # fmt: skip

@@ -1,0 +1,21 @@
+"""The primitives, one in each file: public function, schema, fake kernel and autograd."""
+
+from fastsae.ops.accumulate_rows import accumulate_rows
+from fastsae.ops.decode import decode
+from fastsae.ops.encode import encode_topk
+from fastsae.ops.sampled_dot import sampled_dot
+from fastsae.ops.squared_error import squared_error
+from fastsae.ops.transpose import LatentMajor, transpose
+from fastsae.ops.unit_rows import normalize_rows_, project_rows_
+
+__all__ = [
+    "LatentMajor",
+    "accumulate_rows",
+    "decode",
+    "encode_topk",
+    "normalize_rows_",
+    "project_rows_",
+    "sampled_dot",
+    "squared_error",
+    "transpose",
+]
