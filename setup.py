@@ -47,7 +47,7 @@ class NinjaBuild(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             if os.environ.get("FASTSAE_REQUIRE_NATIVE") == "1":
                 raise
-            warnings.warn(f"fastsae's native library was not built ({error}); pure PyTorch will serve.")
+            warnings.warn(f"fastsae's native library was not built ({error}); pure PyTorch will serve.", stacklevel=2)
 
     def ninja_build(self, target: Path) -> None:
         import ninja
@@ -80,9 +80,7 @@ class NinjaBuild(build_ext):
                 compile_file(ROOT / f"csrc/{source}.cpp", source.replace("/", "_"))
             for isa, isa_flags in INSTRUCTION_SETS.items():
                 for kernel in KERNELS:
-                    compile_file(
-                        ROOT / f"csrc/cpu/{kernel}.cpp", f"{kernel}_{isa}", f"{isa_flags} -DFASTSAE_ISA={isa}"
-                    )
+                    compile_file(ROOT / f"csrc/cpu/{kernel}.cpp", f"{kernel}_{isa}", f"{isa_flags} -DFASTSAE_ISA={isa}")
             build.build(str(target), "link", objects)
             build.default(str(target))
         subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", str(work)], check=True)

@@ -1,7 +1,11 @@
 """fastsae: sparse autoencoders at the speed of their sparsity."""
 
-from fastsae import ops
-from fastsae.codes import SparseCodes
-
 __version__ = "0.1.0"
-__all__ = ["SparseCodes", "ops"]
+
+from fastsae import ops
+from fastsae.backends.dispatch import backend
+from fastsae.codes import SparseCodes
+from fastsae.explain import explain
+from fastsae.saes import SAE, SAELoss, SAEOutput, TopKSAE, load
+
+__all__ = ["SAE", "SAELoss", "SAEOutput", "SparseCodes", "TopKSAE", "backend", "explain", "load", "ops"]

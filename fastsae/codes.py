@@ -10,8 +10,8 @@ from torch import Tensor
 class SparseCodes:
     """Sparse activations of d_sae latents for any number of tokens, in CSR.
 
-    With exactly k entries for each token, `values` and `indices` are [n_tokens, k] and `offsets` is None. Otherwise both
-    are flat, [nnz], and token n owns the entries offsets[n] up to offsets[n + 1]. Nothing here makes a
+    With exactly k entries for each token, `values` and `indices` are [n_tokens, k] and `offsets` is None. Otherwise
+    both are flat, [nnz], and token n owns the entries offsets[n] up to offsets[n + 1]. Nothing here makes a
     [n_tokens, d_sae] tensor but `to_dense`.
 
     Args:
@@ -76,9 +76,7 @@ class SparseCodes:
     def from_dense(cls, dense: Tensor) -> "SparseCodes":
         """The non-zero entries (NaN included) of dense activations [..., d_sae], in CSR."""
         if not isinstance(dense, Tensor) or not dense.is_floating_point() or dense.dim() == 0:
-            kind = (
-                f"{dense.dtype} {tuple(dense.shape)}" if isinstance(dense, Tensor) else type(dense).__name__
-            )
+            kind = f"{dense.dtype} {tuple(dense.shape)}" if isinstance(dense, Tensor) else type(dense).__name__
             raise TypeError(f"dense is {kind}: expected a floating tensor [..., d_sae]")
         flat = dense.reshape(math.prod(dense.shape[:-1]), dense.shape[-1])
         tokens, latents = (flat != 0).nonzero(as_tuple=True)
@@ -142,9 +140,7 @@ class SparseCodes:
         """As `Tensor.to`: a device, a dtype (of the values) or both."""
         values = self.values.to(*args, **kwargs)
         offsets = None if self.offsets is None else self.offsets.to(values.device)
-        statistics = self.input_statistics and tuple(
-            part.to(*args, **kwargs) for part in self.input_statistics
-        )
+        statistics = self.input_statistics and tuple(part.to(*args, **kwargs) for part in self.input_statistics)
         return SparseCodes._trusted(
             values, self.indices.to(values.device), offsets, self.d_sae, self.leading_shape, statistics
         )
@@ -199,9 +195,7 @@ class SparseCodes:
 
     def __repr__(self) -> str:
         entries = f"k={self.k}" if self.offsets is None else f"nnz={self.nnz}"
-        return (
-            f"SparseCodes(shape={tuple(self.shape)}, {entries}, dtype={self.dtype}, device='{self.device}')"
-        )
+        return f"SparseCodes(shape={tuple(self.shape)}, {entries}, dtype={self.dtype}, device='{self.device}')"
 
 
 def _validate(values: Tensor, indices: Tensor, d_sae: int, offsets: Tensor | None) -> None:
@@ -218,14 +212,10 @@ def _validate(values: Tensor, indices: Tensor, d_sae: int, offsets: Tensor | Non
             f"values has shape {tuple(values.shape)} and indices {tuple(indices.shape)}: expected {expected}"
         )
     if values.device != indices.device:
-        raise ValueError(
-            f"values is on {values.device} and indices on {indices.device}: move one to the other"
-        )
+        raise ValueError(f"values is on {values.device} and indices on {indices.device}: move one to the other")
     if offsets is not None:
         if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.numel() < 1:
-            raise ValueError(
-                f"offsets is {offsets.dtype} {tuple(offsets.shape)}: expected int64 [n_tokens + 1]"
-            )
+            raise ValueError(f"offsets is {offsets.dtype} {tuple(offsets.shape)}: expected int64 [n_tokens + 1]")
         bad = offsets[0] != 0 or offsets[-1] != values.numel() or (offsets.diff() < 0).any()
         if bad:
             raise ValueError(
@@ -235,6 +225,4 @@ def _validate(values: Tensor, indices: Tensor, d_sae: int, offsets: Tensor | Non
     if indices.numel():
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= d_sae:
-            raise ValueError(
-                f"indices run from {low} to {high}: expected them in [0, {d_sae}) (d_sae = {d_sae})"
-            )
+            raise ValueError(f"indices run from {low} to {high}: expected them in [0, {d_sae}) (d_sae = {d_sae})")

@@ -62,9 +62,7 @@ def encode_topk(
     return values, indices
 
 
-def decode(
-    values: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tensor, b_dec: Tensor | None
-) -> Tensor:
+def decode(values: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     values, w_dec, b_dec = values.contiguous(), rows_of(w_dec), floats(b_dec)
     indices, offsets, n_tokens, k = _codes(indices, offsets)
     _check_indices(indices, w_dec.shape[0])
@@ -97,9 +95,7 @@ def squared_error(
     return residual, squared
 
 
-def sampled_dot(
-    g: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tensor, row_scale: Tensor | None
-) -> Tensor:
+def sampled_dot(g: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tensor, row_scale: Tensor | None) -> Tensor:
     g, w_dec, row_scale = rows_of(g), rows_of(w_dec), floats(row_scale)
     indices, offsets, n_tokens, k = _codes(indices, offsets)
     _check_indices(indices, w_dec.shape[0])
@@ -149,9 +145,7 @@ def normalize_rows_(rows: Tensor, eps: float) -> None:
     if rows.stride(1) != 1 and rows.shape[1] > 1:
         rows.copy_(_normalized(rows.contiguous(), eps))
         return
-    native.cpu.normalize_rows(
-        address(rows), rows.stride(0), _DTYPES[rows.dtype], rows.shape[0], rows.shape[1], eps
-    )
+    native.cpu.normalize_rows(address(rows), rows.stride(0), _DTYPES[rows.dtype], rows.shape[0], rows.shape[1], eps)
 
 
 def _normalized(rows: Tensor, eps: float) -> Tensor:

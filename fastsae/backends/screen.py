@@ -2,8 +2,8 @@
 
 The scores of a chunk only decide which latents could still be among the winners; `csrc/cpu/encode.cpp` keeps
 those, by the bound of docs/maths.md ("Certified selection"), and computes each kept value anew by the one defined
-dot product. So the GEMM is PyTorch's own, in bfloat16 where the processor multiplies bfloat16 natively, and the result is
-the same to the bit whichever ran. Another screen (integer products, say) needs a `_scores` and its bound.
+dot product. So the GEMM is PyTorch's own, in bfloat16 where the processor multiplies bfloat16 natively, and the
+result is the same to the bit whichever ran. Another screen (integer products, say) needs a `_scores` and its bound.
 """
 
 import os

@@ -18,13 +18,9 @@ def floating(name: str, tensor: Tensor) -> None:
 def same_kind(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Same device and same dtype."""
     if tensor.device != other.device:
-        raise ValueError(
-            f"{name} is on {tensor.device} and {other_name} on {other.device}: move one to the other"
-        )
+        raise ValueError(f"{name} is on {tensor.device} and {other_name} on {other.device}: move one to the other")
     if tensor.dtype != other.dtype:
-        raise TypeError(
-            f"{name} has dtype {tensor.dtype} and {other_name} {other.dtype}: convert one to the other"
-        )
+        raise TypeError(f"{name} has dtype {tensor.dtype} and {other_name} {other.dtype}: convert one to the other")
 
 
 def shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:

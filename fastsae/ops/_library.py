@@ -37,7 +37,5 @@ def define(
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastsae::{name}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(
-            f"fastsae::{name}", backward, setup_context=setup_context, lib=_library
-        )
+        torch.library.register_autograd(f"fastsae::{name}", backward, setup_context=setup_context, lib=_library)
     return getattr(torch.ops.fastsae, name).default

@@ -24,9 +24,7 @@ def _backward(ctx, grad_out, grad_sums):
     values, latent_offsets, tokens, entries, g, shift, row_scale = ctx.saved_tensors
     needs_values, _, _, _, needs_g, needs_shift, needs_scale = ctx.needs_input_grad
     latents = torch.arange(latent_offsets.numel() - 1, device=g.device, dtype=torch.int32)
-    indices = torch.empty_like(tokens).index_copy(
-        0, entries, latents.repeat_interleave(latent_offsets.diff())
-    )
+    indices = torch.empty_like(tokens).index_copy(0, entries, latents.repeat_interleave(latent_offsets.diff()))
     counts = torch.bincount(tokens, minlength=g.shape[0])
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     token_of = torch.empty_like(tokens).index_copy(0, entries, tokens).long()

@@ -32,7 +32,7 @@ def _backward(ctx, grad_residual, grad_squared):
         return None, None, None, None, None, None
     scale = None if grad_squared is None else 2 * grad_squared
     if grad_residual is None:
-        # The gradient of y is the residual with each row scaled: the scale goes into the kernels, the tensor is not made.
+        # The gradient of y is the residual with each row scaled. The kernels scale; the tensor is never made.
         g = residual
     else:
         g, scale = _combine(grad_residual, residual, scale), None
@@ -57,8 +57,7 @@ def _combine(grad_residual: Tensor, residual: Tensor, scale: Tensor | None) -> T
 
 squared_error_op = define(
     "squared_error",
-    "(Tensor values, Tensor indices, Tensor? offsets, Tensor w_dec, Tensor? b_dec, Tensor target) "
-    "-> (Tensor, Tensor)",
+    "(Tensor values, Tensor indices, Tensor? offsets, Tensor w_dec, Tensor? b_dec, Tensor target) -> (Tensor, Tensor)",
     by="target",
     fake=_fake,
     setup_context=_setup_context,
@@ -66,9 +65,7 @@ squared_error_op = define(
 )
 
 
-def squared_error(
-    codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, target: Tensor
-) -> tuple[Tensor, Tensor]:
+def squared_error(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor]:
     """The error of a reconstruction: r = decode(codes, W_dec, b_dec) - target, and ‖r_n‖² for each token.
 
     Decoding, the difference and the norm are one pass; the backward through the norms reads the residual that the
@@ -92,9 +89,7 @@ def squared_error(
     _check.same_kind("target", target, "W_dec", W_dec)
     if target.shape != (*codes.leading_shape, W_dec.shape[1]):
         expected = (*codes.leading_shape, W_dec.shape[1])
-        raise ValueError(
-            f"target has shape {tuple(target.shape)}: expected {expected}, the codes' tokens by d_out"
-        )
+        raise ValueError(f"target has shape {tuple(target.shape)}: expected {expected}, the codes' tokens by d_out")
     residual, squared = squared_error_op(
         codes.values, codes.indices, codes.offsets, W_dec, b_dec, target.reshape(-1, W_dec.shape[1])
     )

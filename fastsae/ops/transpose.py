@@ -13,9 +13,7 @@ from fastsae.ops._library import define
 class LatentMajor(NamedTuple):
     """Entries sorted by latent (CSC), those of one latent in the order of their tokens."""
 
-    latent_offsets: (
-        Tensor  # int64 [d_sae + 1]: latent f owns entries latent_offsets[f] up to latent_offsets[f + 1]
-    )
+    latent_offsets: Tensor  # int64 [d_sae + 1]: latent f owns entries latent_offsets[f] up to latent_offsets[f + 1]
     tokens: Tensor  # int32 [nnz]: the token of each entry
     entries: Tensor  # int64 [nnz]: the place of each entry in the codes' flattened values
 

@@ -25,8 +25,8 @@ def normalize_rows_(rows: Tensor, eps: float = 1e-12) -> Tensor:
 def project_rows_(grad: Tensor, rows: Tensor) -> Tensor:
     """Takes from every row of `grad` its part along the same row of `rows`, in place.
 
-    grad[f] ← grad[f] - (<grad[f], rows[f]> / ‖rows[f]‖²) rows[f]; rows of zeros are left as they are. A step along the result
-    changes no norm to first order (Bricken et al. 2023, "Towards Monosemanticity", appendix on training).
+    grad[f] ← grad[f] - (<grad[f], rows[f]> / ‖rows[f]‖²) rows[f]; rows of zeros are left as they are. A step along
+    the result changes no norm to first order (Bricken et al. 2023, "Towards Monosemanticity", appendix on training).
     Both [d_sae, d] of one dtype. Returns `grad`. Raises TypeError or ValueError where they do not fit.
     """
     _check.floating("grad", grad)

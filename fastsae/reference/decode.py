@@ -9,9 +9,7 @@ def n_tokens_of(indices: Tensor, offsets: Tensor | None) -> int:
     return indices.shape[0] if offsets is None else offsets.numel() - 1
 
 
-def decode(
-    values: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tensor, b_dec: Tensor | None
-) -> Tensor:
+def decode(values: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """Codes and W_dec [d_sae, d_out] -> [n_tokens, d_out]."""
     terms = widen(values).reshape(-1, 1) * widen(w_dec)[indices.reshape(-1).long()]
     y = terms.new_zeros(n_tokens_of(indices, offsets), w_dec.shape[1])

@@ -5,9 +5,7 @@ from torch import Tensor
 from fastsae.reference.precision import tokens_of, widen
 
 
-def sampled_dot(
-    g: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tensor, row_scale: Tensor | None
-) -> Tensor:
+def sampled_dot(g: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tensor, row_scale: Tensor | None) -> Tensor:
     """g [n_tokens, d_out], W_dec [d_sae, d_out], c [n_tokens] or None -> the shape of `indices`."""
     tokens = tokens_of(indices, offsets)
     dots = (widen(g)[tokens] * widen(w_dec)[indices.reshape(-1).long()]).sum(dim=1)

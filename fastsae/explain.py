@@ -1,0 +1,44 @@
+"""fastsae.explain: which backend serves what, and why."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastsae.backends import dispatch, native
+from fastsae.backends.screen import screen_dtype
+
+_OPS = ("encode_topk", "decode", "squared_error", "sampled_dot", "transpose", "accumulate_rows")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One line for each operator; `str` of it is a table, `choices` the same by name."""
+
+    choices: dict[str, dispatch.Choice]
+    heading: str
+
+    def __str__(self) -> str:
+        width = max((len(op) for op in self.choices), default=0)
+        lines = [f"  {op:<{width}}  {choice.backend:<5}  {choice.reason}" for op, choice in self.choices.items()]
+        return "\n".join([self.heading, *(lines or ["  no operator has run yet"])])
+
+
+def _library() -> str:
+    if native.cpu is None:
+        return native.why_not_cpu
+    return f"native CPU library, instruction set {native.cpu.isa()}, screen of encode_topk in {screen_dtype()}"
+
+
+def explain(obj: object = None) -> Explanation:
+    """Which backend serves each operator, and why.
+
+    Without an argument: what ran last in this process. With an SAE or a tensor: what calls of its device and dtype
+    would run on. Raises TypeError for anything else.
+    """
+    if obj is None:
+        return Explanation(dict(dispatch.last_choices()), f"Last calls ({_library()}):")
+    device, dtype = getattr(obj, "device", None), getattr(obj, "dtype", None)
+    if not isinstance(device, torch.device) or not isinstance(dtype, torch.dtype):
+        raise TypeError(f"obj is a {type(obj).__name__}: expected an SAE, a tensor or nothing")
+    choices = {op: dispatch.choose(op, device, dtype) for op in _OPS}
+    return Explanation(choices, f"{type(obj).__name__} on {device} in {dtype} ({_library()}):")
