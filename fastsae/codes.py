@@ -214,6 +214,10 @@ def _validate(values: Tensor, indices: Tensor, d_sae: int, offsets: Tensor | Non
     if values.device != indices.device:
         raise ValueError(f"values is on {values.device} and indices on {indices.device}: move one to the other")
     if offsets is not None:
+        if not isinstance(offsets, Tensor):
+            raise TypeError(f"offsets is a {type(offsets).__name__}: expected an int64 tensor or None")
+        if offsets.device != values.device:
+            raise ValueError(f"offsets is on {offsets.device} and values on {values.device}: move one to the other")
         if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.numel() < 1:
             raise ValueError(f"offsets is {offsets.dtype} {tuple(offsets.shape)}: expected int64 [n_tokens + 1]")
         bad = offsets[0] != 0 or offsets[-1] != values.numel() or (offsets.diff() < 0).any()

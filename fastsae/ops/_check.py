@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastsae.codes import SparseCodes
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -15,10 +17,19 @@ def floating(name: str, tensor: Tensor) -> None:
         )
 
 
-def same_kind(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Same device and same dtype."""
+def codes(value: SparseCodes) -> None:
+    if not isinstance(value, SparseCodes):
+        raise TypeError(f"codes is a {type(value).__name__}: expected fastsae.SparseCodes")
+
+
+def same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device} and {other_name} on {other.device}: move one to the other")
+
+
+def same_kind(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Same device and same dtype."""
+    same_device(name, tensor, other_name, other)
     if tensor.dtype != other.dtype:
         raise TypeError(f"{name} has dtype {tensor.dtype} and {other_name} {other.dtype}: convert one to the other")
 

@@ -75,9 +75,10 @@ def accumulate_rows(codes: SparseCodes, g: Tensor) -> Tensor:
     """
     from fastsae.ops.transpose import transpose
 
+    _check.codes(codes)
     _check.floating("g", g)
     _check.same_kind("codes", codes.values, "g", g)
-    if g.shape[:-1] != codes.leading_shape:
+    if g.dim() == 0 or g.shape[:-1] != codes.leading_shape:
         raise ValueError(
             f"g has shape {tuple(g.shape)}: expected {(*codes.leading_shape, 'd')}, the codes' tokens by d"
         )

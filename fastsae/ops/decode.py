@@ -49,12 +49,12 @@ decode_op = define(
 
 def check_decoder(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None) -> None:
     """What every product of codes with W_dec asks of its arguments."""
-    if not isinstance(codes, SparseCodes):
-        raise TypeError(f"codes is a {type(codes).__name__}: expected fastsae.SparseCodes")
+    _check.codes(codes)
     _check.floating("W_dec", W_dec)
     _check.shape("W_dec", W_dec, (codes.d_sae, None), f"[d_sae, d_out] with the codes' d_sae = {codes.d_sae}")
     _check.same_kind("codes", codes.values, "W_dec", W_dec)
     if b_dec is not None:
+        _check.floating("b_dec", b_dec)
         _check.shape("b_dec", b_dec, (W_dec.shape[1],), f"[{W_dec.shape[1]}]")
         _check.same_kind("b_dec", b_dec, "W_dec", W_dec)
 

@@ -100,6 +100,7 @@ def encode_topk(
     _check.same_kind("x", x, "W_enc", W_enc)
     for name, bias, size in (("b_enc", b_enc, d_sae), ("b_dec", b_dec, d_in)):
         if bias is not None:
+            _check.floating(name, bias)
             _check.shape(name, bias, (size,), f"[{size}]")
             _check.same_kind(name, bias, "W_enc", W_enc)
     _check.k(k, d_sae)

@@ -18,12 +18,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
+    from fastsae.ops.decode import decode_op
+
     g, indices, offsets, w_dec, row_scale = ctx.saved_tensors
     needs_g, _, _, needs_w, needs_scale = ctx.needs_input_grad
     grad_g = grad_w = grad_scale = None
     if needs_g:
-        from fastsae.ops.decode import decode_op
-
         grad_g = decode_op(grad, indices, offsets, w_dec, None)
         if row_scale is not None:
             grad_g = grad_g * row_scale[:, None].to(grad_g.dtype)
@@ -31,17 +31,10 @@ def _backward(ctx, grad):
         latent_major = transposed(indices, offsets, w_dec.shape[0])
         grad_w, _ = accumulate_rows_op(grad, *latent_major, g, None, row_scale)
     if needs_scale:
-        grad_scale = (grad * sampled_dot_op(g, indices, offsets, w_dec, None)).to(row_scale.dtype)
-        grad_scale = _sum_by_token(grad_scale, indices, offsets)
+        terms = (grad * sampled_dot_op(g, indices, offsets, w_dec, None)).to(row_scale.dtype)
+        # The sum of each token's terms: they are codes, decoded with a dictionary of one column of ones.
+        grad_scale = decode_op(terms, indices, offsets, terms.new_ones(w_dec.shape[0], 1), None)[:, 0]
     return grad_g, None, None, grad_w, grad_scale
-
-
-def _sum_by_token(entries: Tensor, indices: Tensor, offsets: Tensor | None) -> Tensor:
-    if offsets is None:
-        return entries.sum(dim=1)
-    sums = entries.new_zeros(entries.numel() + 1)
-    sums[1:] = entries.cumsum(0)
-    return sums[offsets].diff()
 
 
 sampled_dot_op = define(
@@ -68,9 +61,12 @@ def sampled_dot(g: Tensor, codes: SparseCodes, W_dec: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit, or an index outside [0, d_sae).
     """
+    _check.codes(codes)
     _check.floating("g", g)
+    _check.floating("W_dec", W_dec)
     _check.shape("W_dec", W_dec, (codes.d_sae, None), f"[d_sae, d_out] with the codes' d_sae = {codes.d_sae}")
     _check.same_kind("g", g, "W_dec", W_dec)
+    _check.same_device("codes", codes.indices, "g", g)
     if g.shape != (*codes.leading_shape, W_dec.shape[1]):
         expected = (*codes.leading_shape, W_dec.shape[1])
         raise ValueError(f"g has shape {tuple(g.shape)}: expected {expected}, the codes' tokens by d_out")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastsae.codes import SparseCodes
+from fastsae.ops import _check
 from fastsae.ops._library import define
 
 
@@ -34,28 +35,34 @@ transpose_op = define(
 )
 
 # The backward of decode and that of encode want the same transposition, one after the other, from two
-# places of autograd's graph. The last one is kept with the indices it came from (which pins their memory, so
+# places of autograd's graph. The last one is kept with the tensors it came from (which pins their memory, so
 # an address cannot be taken for another tensor's) and is a few bytes an entry.
 _last = threading.local()
 
 
 def transposed(indices: Tensor, offsets: Tensor | None, d_sae: int) -> LatentMajor:
     """`transpose` of the same indices twice in a row is computed once."""
-    if torch.compiler.is_compiling() or type(indices) is not Tensor:
+    tracked = all(type(part) is Tensor and not part.is_inference() for part in (indices, offsets) if part is not None)
+    if torch.compiler.is_compiling() or not tracked:
         return LatentMajor(*transpose_op(indices, offsets, d_sae))
-    key = (indices.data_ptr(), indices.shape, indices.device, indices._version, d_sae)
+    key = (_identity(indices), None if offsets is None else _identity(offsets), d_sae)
     known = getattr(_last, "known", None)
-    if known is not None and known[0] == key and known[1]._version == indices._version:
-        return known[2]
+    if known is not None and known[0] == key:
+        return known[-1]
     _last.known = None
     result = LatentMajor(*transpose_op(indices, offsets, d_sae))
-    _last.known = (key, indices, result)
+    _last.known = (key, indices, offsets, result)
     return result
+
+
+def _identity(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device, tensor._version
 
 
 def transpose(codes: SparseCodes) -> LatentMajor:
     """The entries of `codes` sorted by latent, stable: a latent's tokens stay in order.
 
-    Raises ValueError for an index outside [0, d_sae).
+    Raises TypeError for codes that are not SparseCodes, ValueError for an index outside [0, d_sae).
     """
+    _check.codes(codes)
     return LatentMajor(*transpose_op(codes.indices, codes.offsets, codes.d_sae))

@@ -1,0 +1,186 @@
+"""For tests of code built on fastsae: every way an operator can run here, one rule of tolerance, and the defined
+dot product in numpy.
+
+    @pytest.mark.parametrize("backend", fastsae.testing.backends(), ids=str)
+    def test_my_layer(backend):
+        with backend.active():
+            y = my_layer(x)
+        fastsae.testing.assert_accurate(y, exact=my_layer64(x.double()), plain=dense_layer(x))
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsae.backends import dispatch, native
+from fastsae.codes import SparseCodes
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run every operator: a backend's name and, for native code, the instruction set."""
+
+    name: str
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.isa is None else f"{self.name}-{self.isa}"
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The floating dtypes that it computes in."""
+        if self.name == "cpu":
+            return (torch.float32, torch.bfloat16)
+        return (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Sends every operator here for a while."""
+        previous = None
+        if self.isa is not None:
+            previous = native.cpu.isa()
+            if not native.cpu.select_isa(self.isa):
+                raise ValueError(f"{self}: this build or processor has no {self.isa}")
+        try:
+            with dispatch.backend(self.name):
+                yield
+        finally:
+            if previous is not None:
+                native.cpu.select_isa(previous)
+
+
+def backends() -> list[Backend]:
+    """Plain PyTorch, then the native code with each instruction set that this machine can run.
+
+    FASTSAE_TEST_BACKENDS picks some by name: `torch`, `cpu` (all of them) or `cpu-avx2`, separated by commas.
+    """
+    known = [Backend("torch")]
+    if native.cpu is not None:
+        known += [Backend("cpu", isa) for isa, _, runs_here in native.cpu.isas() if runs_here]
+    wanted = [name.strip() for name in os.environ.get("FASTSAE_TEST_BACKENDS", "").split(",") if name.strip()]
+    for name in wanted:
+        if not any(name in (str(backend), backend.name) for backend in known):
+            raise ValueError(f"FASTSAE_TEST_BACKENDS names {name!r}: this machine has {', '.join(map(str, known))}")
+    return [b for b in known if not wanted or str(b) in wanted or b.name in wanted]
+
+
+def backend_dtypes() -> list[tuple[Backend, torch.dtype]]:
+    """Each of `backends()` with each dtype it computes in."""
+    return [(backend, dtype) for backend in backends() for dtype in backend.dtypes]
+
+
+def assert_accurate(actual: Tensor, exact: Tensor, plain: Tensor) -> None:
+    """Holds a result to the numerics contract: its error is at most twice that of plain PyTorch.
+
+    `exact` is the result in float64, `plain` what the obvious dense PyTorch formula gives in the dtype under test.
+    Errors are the largest over the tensor. One unit in the last place of the largest exact value is allowed on
+    top: `plain` may be exact by luck (a sum of one term, or of terms that happen not to round), while another
+    order of the same sum is one rounding away from it, and no order is owed that luck.
+
+    NaN and infinities of `exact` must stand in `actual` at the same places with the same sign.
+    """
+    assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    assert exact.dtype == torch.float64, f"exact is {exact.dtype}: it must be computed in float64"
+    measured = exact.isfinite()
+    special = (actual == exact) | (actual.isnan() & exact.isnan()) | measured
+    assert special.all(), f"{int((~special).sum())} NaN or infinite places differ"
+    if not measured.any():
+        return
+    largest = exact[measured].abs().max().item()
+    ulp = torch.finfo(actual.dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
+    plain_error = (plain.double() - exact)[measured].abs().max().item()
+    if not math.isfinite(plain_error):
+        raise ValueError("plain PyTorch is not finite on these inputs: they can measure nothing")
+    error = (actual.double() - exact)[measured].abs().max().item()
+    bound = 2 * plain_error + ulp
+    # Written so that a NaN error fails.
+    assert error <= bound, f"error {error:.3g}, allowed {bound:.3g} (plain PyTorch: {plain_error:.3g})"
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal in shape, dtype and every value; NaN equals NaN, and 0 equals -0."""
+    assert actual.dtype == expected.dtype, f"dtype {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    assert same.all(), f"{int((~same).sum())} of {same.numel()} differ, the first at {(~same).nonzero()[0].tolist()}"
+
+
+def random_codes(
+    n_tokens: int, d_sae: int, k: int | None = None, *, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> SparseCodes:
+    """Normal values at random places, `k` a token; with k None in CSR, from no entry to a third of all latents.
+
+    No place occurs twice in a token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.rand(n_tokens, d_sae, generator=generator).argsort(dim=1).int()
+    if k is not None:
+        values = torch.randn(n_tokens, k, generator=generator, dtype=torch.float64)
+        return SparseCodes(values.to(dtype), places[:, :k].contiguous(), d_sae)
+    counts = torch.randint(0, d_sae // 3 + 2, (n_tokens,), generator=generator)
+    counts[: n_tokens // 4] = 0
+    kept = torch.arange(d_sae) < counts[:, None]
+    offsets = torch.cat([counts.new_zeros(1), kept.sum(dim=1).cumsum(0)])
+    values = torch.randn(int(offsets[-1]), generator=generator, dtype=torch.float64)
+    return SparseCodes(values.to(dtype), places[kept], d_sae, offsets=offsets)
+
+
+# The defined dot product, for tests of native code to the bit. Nothing below shares code with it.
+
+
+def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """float32 a·b + c rounded once, as the processor's fused multiply-add rounds.
+
+    A product of two float32 is exact in float64 (48 bits of 53). The sum with c is rounded to float64 towards odd:
+    where the error that TwoSum finds is not zero, the last bit is set by moving towards the exact sum if it is
+    clear. Rounding to odd with 53 bits and then to nearest with 24 (or fewer, among denormals) is one rounding to
+    nearest, since 53 >= 24 + 2 (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums").
+    """
+    with np.errstate(all="ignore"):
+        product = a.astype(np.float64) * b.astype(np.float64)
+        c = c.astype(np.float64)
+        total = product + c
+        back = total - product
+        lost = (product - (total - back)) + (c - back)
+        inexact = np.isfinite(total) & (lost != 0) & (total.view(np.int64) & 1 == 0)
+        odd = np.nextafter(total, np.where(lost > 0, np.inf, -np.inf))
+        return np.where(inexact, odd, total).astype(np.float32)
+
+
+def defined_dot(x: Tensor, w: Tensor) -> Tensor:
+    """<x_n, w_f> for every n and f by the definition of docs/maths.md, to the bit: float32 [n, f].
+
+    Sixteen partial sums, lane l taking places l, l + 16, ... by fused multiply-adds, then halves added to halves.
+    Zeros pad the width to a multiple of 16.
+    """
+    x, w = (np.pad(t.float().numpy(), ((0, 0), (0, -t.shape[1] % 16))) for t in (x, w))
+    lanes = np.zeros((x.shape[0], w.shape[0], 16), dtype=np.float32)
+    for at in range(0, x.shape[1], 16):
+        lanes = fma(x[:, None, at : at + 16], w[None, :, at : at + 16], lanes)
+    with np.errstate(all="ignore"):
+        for width in (8, 4, 2, 1):
+            lanes = lanes[..., :width] + lanes[..., width:]
+    return torch.from_numpy(np.ascontiguousarray(lanes[..., 0]))
+
+
+def defined_preactivations(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None) -> Tensor:
+    """What the native encoder ranks, float32 [n_tokens, d_sae]: the defined dot product of x - b_dec, plus b_enc."""
+    centred = x.float() if b_dec is None else x.float() - b_dec.float()
+    pre = defined_dot(centred, w_enc)
+    return pre if b_enc is None else pre + b_enc.float()
+
+
+def defined_encode_topk(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, relu_first: bool = False
+) -> tuple[Tensor, Tensor]:
+    """encode_topk of x [n_tokens, d_in] with w_enc [d_sae, d_in] as native code must return it, to the bit."""
+    pre = defined_preactivations(x, w_enc, b_enc, b_dec)
+    pre = pre.relu() if relu_first else pre
+    values, indices = pre.sort(dim=1, descending=True, stable=True)
+    return values[:, :k].to(x.dtype), indices[:, :k].int()

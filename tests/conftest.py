@@ -1,0 +1,73 @@
+"""Shared by every test: seeds, hypothesis profiles, poisoned memory, and the backend under test."""
+
+import os
+import sys
+from functools import wraps
+
+import hypothesis
+import pytest
+import torch
+
+from fastsae.testing import backend_dtypes, backends
+
+# The same examples on every run, so that a failure belongs to a change; HYPOTHESIS_PROFILE=explore looks for new ones.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=25)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def _poisoned(allocate):
+    """`allocate`, but what fastsae itself allocates holds NaN (large numbers for integers) until it is written."""
+
+    @wraps(allocate)
+    def poisoned(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return tensor
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        # Traced and fake tensors (other types than Tensor) have no memory to poison.
+        if caller.startswith("fastsae") and type(tensor) is torch.Tensor and tensor.device.type != "meta":
+            if tensor.is_floating_point():
+                tensor.fill_(torch.nan)
+            elif tensor.dtype != torch.bool:
+                tensor.fill_(torch.iinfo(tensor.dtype).max // 2)
+        return tensor
+
+    return poisoned
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poisoned_allocations():
+    """A kernel that leaves a part of its result unwritten, or reads scratch memory first, is found out."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=backends(), ids=str)
+def backend(request):
+    """Every way to run an operator on this machine, active during the test."""
+    with request.param.active():
+        yield request.param
+
+
+@pytest.fixture(params=backend_dtypes(), ids=lambda case: f"{case[0]}-{str(case[1])[6:]}")
+def dtype(request):
+    """Every dtype of every way to run an operator; that way is active during the test."""
+    backend, dtype = request.param
+    with backend.active():
+        yield dtype
+
+
+@pytest.fixture(params=[False, True], ids=["eager", "compiled"])
+def use_compile(request):
+    """Whether a function is called as it is or through torch.compile(fullgraph=True)."""
+    if request.param:
+        torch.compiler.reset()
+    return request.param
