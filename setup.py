@@ -76,7 +76,7 @@ class NinjaBuild(build_ext):
                 build.build(f"{name}.o", "compile", str(source), variables={"isa": isa})
                 objects.append(f"{name}.o")
 
-            for source in ("cpu/dispatch", "cpu/transpose", "bindings/cpu"):
+            for source in ("cpu/dispatch", "cpu/transpose", "cpu/memory", "bindings/cpu"):
                 compile_file(ROOT / f"csrc/{source}.cpp", source.replace("/", "_"))
             for isa, isa_flags in INSTRUCTION_SETS.items():
                 for kernel in KERNELS:

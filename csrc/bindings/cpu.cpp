@@ -48,6 +48,9 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("max_threads", [] { return fastsae::max_threads(); });
 
+  m.def("advise_huge_pages", [](Address data, int64_t bytes) {
+    fastsae::advise_huge_pages(at<void>(data), bytes);
+  });
   m.def(
       "pack_rows",
       [](Address rows, int64_t stride, int dtype, Address shift, int64_t n, int64_t d,

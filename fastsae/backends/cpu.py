@@ -132,6 +132,7 @@ def accumulate_rows(
     values, g, shift, row_scale = values.contiguous(), rows_of(g), floats(shift), floats(row_scale)
     d_sae = latent_offsets.numel() - 1
     out = g.new_empty(d_sae, g.shape[1])
+    native.cpu.advise_huge_pages(address(out), out.nbytes)
     sums = g.new_empty(d_sae)
     native.cpu.accumulate_rows(
         address(values), address(latent_offsets), address(tokens), address(entries), d_sae, address(g),

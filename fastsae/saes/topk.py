@@ -135,7 +135,7 @@ class TopKSAE(SAE):
         b_dec = self.b_dec if self.apply_b_dec_to_input else None
         k = min(self.auxk, len(dead))
         codes = encode_topk(x, w_enc.T, self.b_enc[dead], k, b_dec=b_dec).relu()
-        # The residual is x̂ - x; what the dead should give is x - x̂. Negating their few decoder rows spares a copy of it.
+        # The residual is x̂ - x; the dead should give x - x̂. Negating their few decoder rows spares a copy of it.
         _, squared = squared_error(codes, -w_dec, None, residual)
         # A residual of zero leaves nothing to reconstruct (0/0).
         return (squared.mean() / variance(residual)).nan_to_num(0.0)

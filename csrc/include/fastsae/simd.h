@@ -66,6 +66,7 @@ inline F16 abs(F16 a) { return {_mm512_abs_ps(a.v)}; }
 inline uint32_t not_less_equal(F16 a, F16 b) {
   return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ);
 }
+inline uint32_t greater_equal(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 inline void store(bfloat16* p, F16 a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -109,6 +110,11 @@ inline F16 abs(F16 a) {
 inline uint32_t not_less_equal(F16 a, F16 b) {
   const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_NLE_UQ));
   const int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_NLE_UQ));
+  return static_cast<uint32_t>(lo) | (static_cast<uint32_t>(hi) << 8);
+}
+inline uint32_t greater_equal(F16 a, F16 b) {
+  const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ));
+  const int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ));
   return static_cast<uint32_t>(lo) | (static_cast<uint32_t>(hi) << 8);
 }
 inline void store(bfloat16* p, F16 a) {
@@ -163,6 +169,11 @@ inline F16 abs(const F16& a) {
 inline uint32_t not_less_equal(const F16& a, const F16& b) {
   uint32_t mask = 0;
   for (int64_t l = 0; l < kLanes; ++l) mask |= static_cast<uint32_t>(!(a.v[l] <= b.v[l])) << l;
+  return mask;
+}
+inline uint32_t greater_equal(const F16& a, const F16& b) {
+  uint32_t mask = 0;
+  for (int64_t l = 0; l < kLanes; ++l) mask |= static_cast<uint32_t>(a.v[l] >= b.v[l]) << l;
   return mask;
 }
 
