@@ -5,13 +5,13 @@ dot product in numpy.
     def test_my_layer(backend):
         with backend.active():
             y = my_layer(x)
-        fastsae.testing.assert_accurate(y, exact=my_layer64(x.double()), plain=dense_layer(x))
+        fastsae.testing.assert_accurate(y, dense_layer, x)
 """
 
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,32 +75,54 @@ def backend_dtypes() -> list[tuple[Backend, torch.dtype]]:
     return [(backend, dtype) for backend in backends() for dtype in backend.dtypes]
 
 
-def assert_accurate(actual: Tensor, exact: Tensor, plain: Tensor) -> None:
-    """Holds a result to the numerics contract: its error is at most twice that of plain PyTorch.
+def gradients(function: Callable, inputs: Sequence[Tensor | None], *grads: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of function(*inputs), weighted by `grads` (one for each result), for every input that is not None."""
+    inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    return torch.autograd.grad(function(*inputs), [t for t in inputs if t is not None], grads)
 
-    `exact` is the result in float64, `plain` what the obvious dense PyTorch formula gives in the dtype under test.
-    Errors are the largest over the tensor. One unit in the last place of the largest exact value is allowed on
-    top: `plain` may be exact by luck (a sum of one term, or of terms that happen not to round), while another
+
+def assert_accurate(actual: Tensor | Sequence[Tensor], formula: Callable, *inputs: Tensor | None) -> None:
+    """Holds results to the numerics contract: the error of each is at most twice that of plain PyTorch.
+
+    `formula` is the obvious dense PyTorch for the same results. Called with `inputs` in float64 it gives the exact
+    results; called with them in the dtype of a result, it gives the error that plain PyTorch makes there.
+    Errors are the largest over a tensor. One unit in the last place of the largest exact value is allowed on top:
+    plain PyTorch may be exact by luck (a sum of one term, or of terms that happen not to round), while another
     order of the same sum is one rounding away from it, and no order is owed that luck.
 
-    NaN and infinities of `exact` must stand in `actual` at the same places with the same sign.
+    A float64 result has no more exact one to be held to. There plain PyTorch is measured in float32 and its error
+    scaled by 2⁻²⁹, the ratio of the two roundings; draw the inputs in float32, so that they are the same in both.
+
+    NaN and infinities of the exact result must stand in `actual` at the same places with the same sign.
     """
-    assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
-    assert exact.dtype == torch.float64, f"exact is {exact.dtype}: it must be computed in float64"
-    measured = exact.isfinite()
-    special = (actual == exact) | (actual.isnan() & exact.isnan()) | measured
-    assert special.all(), f"{int((~special).sum())} NaN or infinite places differ"
-    if not measured.any():
+
+    def run(dtype: torch.dtype) -> Sequence[Tensor]:
+        results = formula(*(t.to(dtype) if t is not None and t.is_floating_point() else t for t in inputs))
+        return [results] if isinstance(results, Tensor) else results
+
+    results = [actual] if isinstance(actual, Tensor) else actual
+    exact = run(torch.float64)
+    for i, result in enumerate(results):
+        measured = torch.float32 if result.dtype == torch.float64 else result.dtype
+        scale = torch.finfo(result.dtype).eps / torch.finfo(measured).eps
+        _assert_error(result, exact[i], (run(measured)[i].double() - exact[i]) * scale, f"result {i}: ")
+
+
+def _assert_error(actual: Tensor, exact: Tensor, plain_error: Tensor, name: str) -> None:
+    assert actual.shape == exact.shape, f"{name}shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    finite = exact.isfinite()
+    special = (actual == exact) | (actual.isnan() & exact.isnan()) | finite
+    assert special.all(), f"{name}{int((~special).sum())} NaN or infinite places differ"
+    if not finite.any():
         return
-    largest = exact[measured].abs().max().item()
+    largest = exact[finite].abs().max().item()
     ulp = torch.finfo(actual.dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest else 0.0
-    plain_error = (plain.double() - exact)[measured].abs().max().item()
-    if not math.isfinite(plain_error):
-        raise ValueError("plain PyTorch is not finite on these inputs: they can measure nothing")
-    error = (actual.double() - exact)[measured].abs().max().item()
-    bound = 2 * plain_error + ulp
+    allowed = 2 * plain_error[finite].abs().max().item() + ulp
+    if not math.isfinite(allowed):
+        raise ValueError(f"{name}plain PyTorch is not finite on these inputs: they can measure nothing")
+    error = (actual.double() - exact)[finite].abs().max().item()
     # Written so that a NaN error fails.
-    assert error <= bound, f"error {error:.3g}, allowed {bound:.3g} (plain PyTorch: {plain_error:.3g})"
+    assert error <= allowed, f"{name}error {error:.3g}, allowed {allowed:.3g} (of which one ulp is {ulp:.3g})"
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
@@ -121,13 +143,13 @@ def random_codes(
     generator = torch.Generator().manual_seed(seed)
     places = torch.rand(n_tokens, d_sae, generator=generator).argsort(dim=1).int()
     if k is not None:
-        values = torch.randn(n_tokens, k, generator=generator, dtype=torch.float64)
+        values = torch.randn(n_tokens, k, generator=generator)
         return SparseCodes(values.to(dtype), places[:, :k].contiguous(), d_sae)
     counts = torch.randint(0, d_sae // 3 + 2, (n_tokens,), generator=generator)
     counts[: n_tokens // 4] = 0
     kept = torch.arange(d_sae) < counts[:, None]
     offsets = torch.cat([counts.new_zeros(1), kept.sum(dim=1).cumsum(0)])
-    values = torch.randn(int(offsets[-1]), generator=generator, dtype=torch.float64)
+    values = torch.randn(int(offsets[-1]), generator=generator)
     return SparseCodes(values.to(dtype), places[kept], d_sae, offsets=offsets)
 
 

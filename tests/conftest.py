@@ -57,6 +57,13 @@ def backend(request):
         yield request.param
 
 
+@pytest.fixture(params=[backend for backend in backends() if backend.isa], ids=str)
+def native(request):
+    """Every instruction set of the native code, active during the test."""
+    with request.param.active():
+        yield request.param
+
+
 @pytest.fixture(params=backend_dtypes(), ids=lambda case: f"{case[0]}-{str(case[1])[6:]}")
 def dtype(request):
     """Every dtype of every way to run an operator; that way is active during the test."""

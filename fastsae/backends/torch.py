@@ -5,9 +5,10 @@ from torch import Tensor
 
 from fastsae import reference
 from fastsae.reference.encode import preactivations
+from fastsae.reference.precision import widen
 
-accumulate_rows = reference.accumulate_rows
 decode = reference.decode
+fused_update = reference.fused_update
 normalize_rows_ = reference.normalize_rows_
 project_rows_ = reference.project_rows_
 sampled_dot = reference.sampled_dot
@@ -16,6 +17,8 @@ transpose = reference.transpose
 
 # Rows are taken in blocks whose pre-activations are at most this many: 64 MiB in float32.
 _BLOCK_ELEMENTS = 1 << 24
+# Entries of a latent are summed this many at a time, as the native code does.
+_BLOCK_ENTRIES = 64
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -55,3 +58,26 @@ def topk_indices(pre: Tensor, k: int) -> Tensor:
     indices = chosen.nonzero()[:, 1].reshape(-1, k)
     order = pre.gather(1, indices).sort(dim=1, descending=True, stable=True).indices
     return indices.gather(1, order)
+
+
+def accumulate_rows(
+    values: Tensor,
+    latent_offsets: Tensor,
+    tokens: Tensor,
+    entries: Tensor,
+    g: Tensor,
+    shift: Tensor | None,
+    row_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As reference.accumulate_rows, the entries of a latent in blocks whose sums are then added.
+
+    One chain of thousands of additions would lose the accuracy that a GEMM keeps.
+    """
+    counts = latent_offsets.diff()
+    blocks = (counts + _BLOCK_ENTRIES - 1) // _BLOCK_ENTRIES
+    latents = torch.arange(counts.numel(), device=g.device).repeat_interleave(blocks)
+    place = torch.arange(latents.numel(), device=g.device) - (blocks.cumsum(0) - blocks)[latents]
+    block_offsets = torch.cat([latent_offsets[latents] + place * _BLOCK_ENTRIES, latent_offsets[-1:]])
+    rows, sums = reference.accumulate_rows(widen(values), block_offsets, tokens, entries, widen(g), shift, row_scale)
+    out = rows.new_zeros(counts.numel(), g.shape[1]).index_add(0, latents, rows)
+    return out.to(g.dtype), sums.new_zeros(counts.numel()).index_add(0, latents, sums).to(g.dtype)
