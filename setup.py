@@ -2,15 +2,17 @@
 
 No torch header and no torch library: a C++17 compiler, pybind11 and ninja are all that is needed.
 Without a compiler, or with FASTSAE_NO_NATIVE=1, the package installs in pure PyTorch and
-`fastsae doctor` says so.
+`fastsae doctor` says so. docs/building.md tells more.
 """
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -19,7 +21,6 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-KERNELS = ("encode", "decode", "sampled_dot", "accumulate_rows", "unit_rows", "isa_table")
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 INSTRUCTION_SETS = {"portable": "-march=x86-64-v2" if X86 else ""}
 if X86:
@@ -30,69 +31,106 @@ if X86:
     }
 # -ffp-contract=off: a multiply and an add become one only where a kernel asks for it, so that every
 # instruction set rounds alike.
-FLAGS = "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall"
+FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall"
+REQUIRED = os.environ.get("FASTSAE_REQUIRE_NATIVE") == "1"
 
 
 def compiler() -> str | None:
+    """The command of the C++ compiler: $CXX, else the first that is found."""
     command = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
-    return command if command and shutil.which(command.split()[0]) else None
+    return command if command and shutil.which(shlex.split(command)[0]) else None
+
+
+def openmp(cxx: str) -> str:
+    """The flag that turns OpenMP on, or nothing where the compiler has none (Apple's clang)."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
+        command = [*shlex.split(cxx), "-fopenmp", str(source), "-o", str(source.with_suffix(""))]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            return "-fopenmp"
+    print(f"fastsae: {cxx} has no OpenMP; the kernels will run on one thread.", file=sys.stderr)
+    return "-Wno-unknown-pragmas"
 
 
 class NinjaBuild(build_ext):
-    """Writes a build.ninja with one object for each kernel and instruction set, and runs it."""
+    """Writes a build.ninja with one object for each source and instruction set, and runs it."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
             self.ninja_build(Path(self.get_ext_fullpath(ext.name)).resolve())
         except (OSError, subprocess.CalledProcessError) as error:
-            if os.environ.get("FASTSAE_REQUIRE_NATIVE") == "1":
+            if REQUIRED:
                 raise
             warnings.warn(f"fastsae's native library was not built ({error}); pure PyTorch will serve.", stacklevel=2)
 
     def ninja_build(self, target: Path) -> None:
-        import ninja
-        import pybind11
+        import fcntl
 
-        work = Path(self.build_temp).resolve()
+        import ninja
+
+        # Not self.build_temp: that is a new folder at every editable install, which would compile all anew.
+        work = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         work.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        includes = [ROOT / "csrc/include", pybind11.get_include(), sysconfig.get_paths()["include"]]
-        include_flags = " ".join(f"-I{path}" for path in includes)
-        objects = []
-        with open(work / "build.ninja", "w") as file:
-            build = ninja.Writer(file)
-            build.variable("cxx", compiler())
-            build.variable("flags", f"{FLAGS} {include_flags}" + (" -DFASTSAE_X86" if X86 else ""))
-            build.rule(
-                "compile",
-                "$cxx $flags $isa -MMD -MF $out.d -c $in -o $out",
-                depfile="$out.d",
-                deps="gcc",
-                description="CXX $out",
-            )
-            build.rule("link", "$cxx -shared -fopenmp $in -o $out", description="LINK $out")
+        with open(work / "lock", "w") as lock:
+            # Two installs of one source tree at a time would write the same objects.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with open(work / "build.ninja", "w") as file:
+                write_rules(ninja.Writer(file), compiler(), target)
+            subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", str(work)], check=True)
 
-            def compile_file(source: Path, name: str, isa: str = "") -> None:
-                build.build(f"{name}.o", "compile", str(source), variables={"isa": isa})
-                objects.append(f"{name}.o")
 
-            for source in ("cpu/dispatch", "cpu/transpose", "cpu/memory", "bindings/cpu"):
-                compile_file(ROOT / f"csrc/{source}.cpp", source.replace("/", "_"))
-            for isa, isa_flags in INSTRUCTION_SETS.items():
-                for kernel in KERNELS:
-                    compile_file(ROOT / f"csrc/cpu/{kernel}.cpp", f"{kernel}_{isa}", f"{isa_flags} -DFASTSAE_ISA={isa}")
-            build.build(str(target), "link", objects)
-            build.default(str(target))
-        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", str(work)], check=True)
+def write_rules(build, cxx: str, target: Path) -> None:
+    """The whole build: the kernels see csrc/include alone, the bindings pybind11 and Python too."""
+    import pybind11
+
+    threads = openmp(cxx)
+    shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+    build.variable("cxx", cxx)
+    build.variable("flags", f"{FLAGS} {threads} -I{ROOT / 'csrc/include'}" + (" -DFASTSAE_X86" if X86 else ""))
+    build.rule(
+        "compile",
+        "$cxx $flags $more -MMD -MF $out.d -c $in -o $out",
+        depfile="$out.d",
+        deps="gcc",
+        description="CXX $out",
+    )
+    build.rule("link", f"$cxx {shared} {threads} $in -o $out", description="LINK $out")
+    objects = []
+
+    def compile_file(source: Path, name: str, more: str) -> None:
+        build.build(f"{name}.o", "compile", str(source), variables={"more": more})
+        objects.append(f"{name}.o")
+
+    python = sysconfig.get_paths()["include"]
+    compile_file(ROOT / "csrc/bindings/cpu.cpp", "bindings", f"-I{pybind11.get_include()} -I{python}")
+    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        # A source whose code stands in the namespace FASTSAE_ISA is compiled once for each.
+        if "namespace FASTSAE_ISA" not in source.read_text():
+            compile_file(source, source.stem, "")
+            continue
+        for isa, isa_flags in INSTRUCTION_SETS.items():
+            compile_file(source, f"{source.stem}_{isa}", f"{isa_flags} -DFASTSAE_ISA={isa}")
+    build.build(str(target), "link", objects)
+    build.default(str(target))
 
 
 def extensions() -> list[Extension]:
     if os.environ.get("FASTSAE_NO_NATIVE") == "1":
         return []
-    if compiler() is None:
-        print("fastsae: no C++ compiler found; installing in pure PyTorch.", file=sys.stderr)
-        return []
-    return [Extension("fastsae._cpu", sources=[])]
+    why_not = ""
+    if sys.platform == "win32":
+        why_not = "the kernels are not built on Windows yet"
+    elif compiler() is None:
+        why_not = f"no C++ compiler found ({os.environ.get('CXX') or 'g++, clang++, c++'})"
+    if not why_not:
+        # Optional: an editable install goes on where the library could not be built.
+        return [Extension("fastsae._cpu", sources=[], optional=not REQUIRED)]
+    if REQUIRED:
+        raise SystemExit(f"fastsae: {why_not}, and FASTSAE_REQUIRE_NATIVE=1 is set.")
+    print(f"fastsae: {why_not}; installing in pure PyTorch.", file=sys.stderr)
+    return []
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild})

@@ -2,10 +2,10 @@
 
 __version__ = "0.1.0"
 
-from fastsae import ops
+from fastsae import ops, optim
 from fastsae.backends.dispatch import backend
 from fastsae.codes import SparseCodes
 from fastsae.explain import explain
 from fastsae.saes import SAE, SAELoss, SAEOutput, TopKSAE, load
 
-__all__ = ["SAE", "SAELoss", "SAEOutput", "SparseCodes", "TopKSAE", "backend", "explain", "load", "ops"]
+__all__ = ["SAE", "SAELoss", "SAEOutput", "SparseCodes", "TopKSAE", "backend", "explain", "load", "ops", "optim"]

@@ -1,6 +1,10 @@
 // The CPU kernels as Python sees them: addresses as integers, sizes, dtypes as 0 (float32) and
 // 1 (bfloat16). fastsae/backends/cpu.py is the only caller and checks every tensor before.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cmath>
 
 #include "../cpu/kernels.h"
 #include "fastsae/threading.h"
@@ -157,6 +161,48 @@ PYBIND11_MODULE(_cpu, m) {
                                            at<const float>(row_scale),
                                            mutable_matrix(out, out_stride, dtype),
                                            at<void>(value_sums));
+      },
+      release_gil());
+  m.def(
+      "fused_update",
+      [](Address values, Address grad_values, Address latent_offsets, Address tokens,
+         Address entries, int64_t d_sae, Address g, int64_t g_stride, Address row_scale, Address x,
+         int64_t x_stride, Address b_dec, int64_t d_in, int64_t d_out, int dtype,
+         std::array<Address, 3> w_enc, std::array<int64_t, 3> w_enc_strides,
+         std::array<Address, 3> b_enc, std::array<Address, 3> w_dec,
+         std::array<int64_t, 3> w_dec_strides, double lr, double beta1,
+         double beta2, double eps, double weight_decay, int64_t step, bool unit_norm) {
+        const double correction1 = 1 - std::pow(beta1, static_cast<double>(step));
+        const double correction2 = 1 - std::pow(beta2, static_cast<double>(step));
+        fastsae::FusedUpdate update = {};
+        update.values = at<const void>(values);
+        update.grad_values = at<const void>(grad_values);
+        update.codes = {at<const int64_t>(latent_offsets), at<const int32_t>(tokens),
+                        at<const int64_t>(entries), d_sae};
+        update.g = matrix(g, g_stride, dtype);
+        update.row_scale = at<const float>(row_scale);
+        update.x = matrix(x, x_stride, dtype);
+        update.b_dec = at<const float>(b_dec);
+        update.d_in = d_in;
+        update.d_out = d_out;
+        update.w_enc = mutable_matrix(w_enc[0], w_enc_strides[0], dtype);
+        update.w_enc_first = mutable_matrix(w_enc[1], w_enc_strides[1], dtype);
+        update.w_enc_second = mutable_matrix(w_enc[2], w_enc_strides[2], dtype);
+        update.b_enc = mutable_matrix(b_enc[0], 1, dtype);
+        update.b_enc_first = mutable_matrix(b_enc[1], 1, dtype);
+        update.b_enc_second = mutable_matrix(b_enc[2], 1, dtype);
+        update.w_dec = mutable_matrix(w_dec[0], w_dec_strides[0], dtype);
+        update.w_dec_first = mutable_matrix(w_dec[1], w_dec_strides[1], dtype);
+        update.w_dec_second = mutable_matrix(w_dec[2], w_dec_strides[2], dtype);
+        update.adam = {static_cast<float>(1 - beta1),
+                       static_cast<float>(beta2),
+                       static_cast<float>(1 - beta2),
+                       static_cast<float>(lr / correction1),
+                       static_cast<float>(1 / std::sqrt(correction2)),
+                       static_cast<float>(eps),
+                       static_cast<float>(weight_decay)};
+        update.unit_norm = unit_norm;
+        fastsae::kernels().fused_update(update);
       },
       release_gil());
   m.def(

@@ -10,8 +10,18 @@ namespace FASTSAE_ISA {
 
 extern const KernelTable table;
 const KernelTable table = {
-    FASTSAE_STRING(FASTSAE_ISA), pack_rows,     select_chunk,    select_finish,  relu_first,  decode,
-    squared_error,               sampled_dot,   accumulate_rows, normalize_rows, project_rows,
+    FASTSAE_STRING(FASTSAE_ISA),
+    pack_rows,
+    select_chunk,
+    select_finish,
+    relu_first,
+    decode,
+    squared_error,
+    sampled_dot,
+    accumulate_rows,
+    fused_update,
+    normalize_rows,
+    project_rows,
 };
 
 }  // namespace FASTSAE_ISA

@@ -26,6 +26,7 @@ struct KernelTable {
   void (*accumulate_rows)(const void* values, LatentMajor codes, Matrix g, int64_t d,
                           const float* shift, const float* row_scale, MutableMatrix out,
                           void* value_sums);
+  void (*fused_update)(const FusedUpdate& update);
   void (*normalize_rows)(MutableMatrix rows, int64_t n, int64_t d, float eps);
   void (*project_rows)(MutableMatrix grad, Matrix rows, int64_t n, int64_t d);
 };

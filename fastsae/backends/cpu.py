@@ -163,3 +163,36 @@ def project_rows_(grad: Tensor, rows: Tensor) -> None:
     )  # fmt: skip
     if target is not grad:
         grad.copy_(target)
+
+
+def fused_update(
+    values: Tensor,
+    grad_values: Tensor,
+    latent_offsets: Tensor,
+    tokens: Tensor,
+    entries: Tensor,
+    g: Tensor,
+    row_scale: Tensor | None,
+    x: Tensor,
+    b_dec: Tensor | None,
+    w_enc: list[Tensor],
+    b_enc: list[Tensor],
+    w_dec: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    unit_norm: bool,
+) -> None:
+    values, grad_values, g, x = values.contiguous(), grad_values.contiguous(), rows_of(g), rows_of(x)
+    row_scale, b_dec = floats(row_scale), floats(b_dec)
+    native.cpu.fused_update(
+        address(values), address(grad_values), address(latent_offsets), address(tokens), address(entries),
+        latent_offsets.numel() - 1, address(g), g.stride(0), address(row_scale), address(x), x.stride(0),
+        address(b_dec), x.shape[1], g.shape[1], _DTYPES[g.dtype],
+        [address(t) for t in w_enc], [t.stride(0) for t in w_enc], [address(t) for t in b_enc],
+        [address(t) for t in w_dec], [t.stride(0) for t in w_dec],
+        lr, beta1, beta2, eps, weight_decay, step, unit_norm,
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 from fastsae.ops.accumulate_rows import accumulate_rows
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_topk
+from fastsae.ops.fused_update import Slot, fused_update
 from fastsae.ops.sampled_dot import sampled_dot
 from fastsae.ops.squared_error import squared_error
 from fastsae.ops.transpose import LatentMajor, transpose
@@ -10,9 +11,11 @@ from fastsae.ops.unit_rows import normalize_rows_, project_rows_
 
 __all__ = [
     "LatentMajor",
+    "Slot",
     "accumulate_rows",
     "decode",
     "encode_topk",
+    "fused_update",
     "normalize_rows_",
     "project_rows_",
     "sampled_dot",

@@ -13,7 +13,7 @@ def initialize(W_enc: Tensor, W_dec: Tensor, scheme: str) -> None:
     """Random decoder directions, and the encoder as their transpose; biases stay zero.
 
     `openai`: rows of W_dec of unit norm, W_enc = W_decᵀ (Gao et al. 2024, appendix A.1).
-    `anthropic`: rows of W_dec of norm 0.1, W_enc = W_decᵀ (Anthropic, April 2024 update, "Update on how we train SAEs").
+    `anthropic`: rows of W_dec of norm 0.1, W_enc = W_decᵀ (Anthropic, April 2024, "Update on how we train SAEs").
     """
     torch.nn.init.normal_(W_dec)
     W_dec /= W_dec.float().norm(dim=1, keepdim=True).clamp_min(1e-12).to(W_dec.dtype)

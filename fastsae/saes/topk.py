@@ -1,11 +1,13 @@
 """TopKSAE: exactly k latents for each token."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fastsae.codes import SparseCodes
-from fastsae.ops import encode_topk, squared_error
+from fastsae.ops import encode_topk, sampled_dot, squared_error
 from fastsae.saes.base import SAE, SAELoss, _one_of
 
 
@@ -115,6 +117,38 @@ class TopKSAE(SAE):
             return SAELoss(fvu, mse, fvu, torch.zeros_like(fvu), codes)
         return SAELoss(fvu + self.auxk_coefficient * auxk, mse, fvu, auxk, codes)
 
+    @torch.no_grad()
+    def loss_with_gradients(self, x: Tensor) -> tuple[SAELoss, "CodeGradients"]:
+        """`loss` without AuxK, and by formula what its backward would need: for optimizers that fuse the rest.
+
+        The gradient of the reconstruction is row_scale_n · residual_n, that of W_dec and W_enc follows from it and
+        grad_values (see fastsae.ops.fused_update).
+        """
+        x = self._normalized(x).x.reshape(-1, self.d_in)
+        codes = self._select(x, self.W_enc)
+        if self.training:
+            self.count_firing(codes)
+        residual, squared = squared_error(codes, self.W_dec, self.b_dec, x)
+        mse, total_variance = squared.mean(), variance(x)
+        fvu = mse / total_variance
+        row_scale = (2 / (total_variance * max(codes.n_tokens, 1))).expand(codes.n_tokens).contiguous()
+        grad_values = sampled_dot(residual, codes, self.W_dec) * row_scale[:, None].to(x.dtype)
+        # A pick that ReLU cut to zero gets no gradient.
+        grad_values = grad_values.where(~(codes.values <= 0), 0)
+        grad_b_dec = row_scale.to(x.dtype) @ residual
+        if self.apply_b_dec_to_input:
+            grad_b_enc = torch.zeros_like(self.b_enc).index_add(0, codes.indices.reshape(-1), grad_values.reshape(-1))
+            grad_b_dec -= self.W_enc @ grad_b_enc
+        loss = SAELoss(fvu, mse, fvu, torch.zeros_like(fvu), codes)
+        return loss, CodeGradients(x, residual, row_scale, grad_values, grad_b_dec)
+
+    def auxk_will_act(self, x: Tensor) -> bool:
+        """Whether the next `loss(x)` in training mode may have an AuxK term: some latent is dead, or about to be."""
+        if not (self.training and self.auxk and self.auxk_coefficient):
+            return False
+        oldest = int(self.tokens_since_fired.max())
+        return oldest + x.numel() // self.d_in >= self.dead_after_tokens
+
     def dead_latents(self) -> Tensor:
         """The latents that have not fired for `dead_after_tokens` tokens: int64, ascending."""
         return (self.tokens_since_fired >= self.dead_after_tokens).nonzero()[:, 0]
@@ -123,7 +157,7 @@ class TopKSAE(SAE):
         """FVU of -residual as the dead latents reconstruct it, without b_dec; None when there is nothing to do.
 
         Weights of the dead are gathered into compact matrices; their gradients go back as sparse rows
-        (`embedding(sparse=True)`), which autograd adds in place to the main loss's. So nothing here is as large as d_sae.
+        (`embedding(sparse=True)`), which autograd adds in place to the main loss's: nothing here is as large as d_sae.
         """
         if not self.auxk or not self.auxk_coefficient:
             return None
@@ -139,6 +173,16 @@ class TopKSAE(SAE):
         _, squared = squared_error(codes, -w_dec, None, residual)
         # A residual of zero leaves nothing to reconstruct (0/0).
         return (squared.mean() / variance(residual)).nan_to_num(0.0)
+
+
+class CodeGradients(NamedTuple):
+    """What a fused update needs besides the codes; rows are tokens."""
+
+    x: Tensor  # what was encoded, normalised [n_tokens, d_in]
+    residual: Tensor  # x̂ - x [n_tokens, d_in]
+    row_scale: Tensor  # the gradient of x̂_n is row_scale_n · residual_n
+    grad_values: Tensor  # gradient of the codes' values
+    grad_b_dec: Tensor  # [d_in]
 
 
 def variance(x: Tensor) -> Tensor:

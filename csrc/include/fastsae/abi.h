@@ -69,4 +69,35 @@ struct SelectionState {
   int64_t capacity;
 };
 
+// Adam with its bias corrections folded in: step_size = lr / (1 - beta1^t), inverse_correction =
+// 1 / sqrt(1 - beta2^t).
+struct Adam {
+  float one_minus_beta1;
+  float beta2;
+  float one_minus_beta2;
+  float step_size;
+  float inverse_correction;
+  float eps;
+  float weight_decay;
+};
+
+// Everything fused_update reads and writes; csrc/cpu/fused_update.cpp states the maths. Vectors are
+// matrices of one column.
+struct FusedUpdate {
+  const void* values;
+  const void* grad_values;
+  LatentMajor codes;
+  Matrix g;
+  const float* row_scale;
+  Matrix x;
+  const float* b_dec;
+  int64_t d_in;
+  int64_t d_out;
+  MutableMatrix w_enc, w_enc_first, w_enc_second;
+  MutableMatrix b_enc, b_enc_first, b_enc_second;
+  MutableMatrix w_dec, w_dec_first, w_dec_second;
+  Adam adam;
+  bool unit_norm;
+};
+
 }  // namespace fastsae

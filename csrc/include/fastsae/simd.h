@@ -62,6 +62,8 @@ inline F16 add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F16 sub(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F16 mul(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F16 abs(F16 a) { return {_mm512_abs_ps(a.v)}; }
+inline F16 div(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F16 sqrt(F16 a) { return {_mm512_sqrt_ps(a.v)}; }
 // Bit l is set where !(a <= b), so that a NaN on either side counts as greater.
 inline uint32_t not_less_equal(F16 a, F16 b) {
   return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ);
@@ -103,6 +105,8 @@ inline F16 fma(F16 a, F16 b, F16 c) {
 inline F16 add(F16 a, F16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline F16 sub(F16 a, F16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 inline F16 mul(F16 a, F16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline F16 div(F16 a, F16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+inline F16 sqrt(F16 a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
 inline F16 abs(F16 a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
@@ -160,7 +164,13 @@ inline F16 fma(const F16& a, const F16& b, const F16& c) {
 FASTSAE_LANEWISE(add, a.v[l] + b.v[l])
 FASTSAE_LANEWISE(sub, a.v[l] - b.v[l])
 FASTSAE_LANEWISE(mul, a.v[l] * b.v[l])
+FASTSAE_LANEWISE(div, a.v[l] / b.v[l])
 #undef FASTSAE_LANEWISE
+inline F16 sqrt(const F16& a) {
+  F16 r;
+  for (int64_t l = 0; l < kLanes; ++l) r.v[l] = std::sqrt(a.v[l]);
+  return r;
+}
 inline F16 abs(const F16& a) {
   F16 r;
   for (int64_t l = 0; l < kLanes; ++l) r.v[l] = std::fabs(a.v[l]);

@@ -1,0 +1,117 @@
+// fused_update: for every latent f, both weights' gradients and their Adam step in one pass,
+//   G_dec = sum_e c_t v_e g_t             G_enc = sum_e u_e (x_t - b_dec)       G_b = sum_e u_e
+//   G_dec -= (<G_dec, w> / <w, w>) w      where the decoder keeps unit norm
+//   m <- m + (1 - beta1)(G - m),  s <- beta2 s + (1 - beta2) G^2,  p <- p - a m / (sqrt(s) / b + eps)
+//   W_dec[f] <- W_dec[f] / |W_dec[f]|
+// with v the codes' values, u the gradient of them, a = lr / (1 - beta1^t), b = sqrt(1 - beta2^t), as
+// torch.optim.Adam computes it.
+//
+// Access: latent-major. A gradient row lives in the first-level cache from its sum to its use, so no gradient
+// tensor exists; each parameter and state row is read and written once (28 bytes a parameter in float32
+// fall to 24), which is the floor for rows that no token names, the great majority.
+#include <cmath>
+
+#include "accumulate.h"
+#include "dot.h"
+#include "fastsae/scratch.h"
+#include "isa_kernels.h"
+
+namespace fastsae {
+namespace FASTSAE_ISA {
+namespace {
+
+struct AdamLanes {
+  F16 one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_correction, eps, weight_decay;
+  explicit AdamLanes(const Adam& a)
+      : one_minus_beta1(broadcast(a.one_minus_beta1)),
+        beta2(broadcast(a.beta2)),
+        one_minus_beta2(broadcast(a.one_minus_beta2)),
+        step_size(broadcast(a.step_size)),
+        inverse_correction(broadcast(a.inverse_correction)),
+        eps(broadcast(a.eps)),
+        weight_decay(broadcast(a.weight_decay)) {}
+};
+
+struct Step {
+  F16 parameter, first, second;
+};
+inline Step adam(const AdamLanes& a, F16 p, F16 g, F16 m, F16 s) {
+  g = fma(a.weight_decay, p, g);
+  m = fma(a.one_minus_beta1, sub(g, m), m);
+  s = fma(mul(a.one_minus_beta2, g), g, mul(a.beta2, s));
+  const F16 denominator = fma(sqrt(s), a.inverse_correction, a.eps);
+  return {sub(p, mul(a.step_size, div(m, denominator))), m, s};
+}
+
+template <typename T>
+void adam_row(const AdamLanes& a, const float* gradient, int64_t d, T* p, T* m, T* s) {
+  int64_t i = 0;
+  for (; i + kLanes <= d; i += kLanes) {
+    const Step next = adam(a, load(p + i), load(gradient + i), load(m + i), load(s + i));
+    store(p + i, next.parameter);
+    store(m + i, next.first);
+    store(s + i, next.second);
+  }
+  if (i == d) return;
+  const int64_t rest = d - i;
+  const Step next = adam(a, load_partial(p + i, rest), load_partial(gradient + i, rest),
+                         load_partial(m + i, rest), load_partial(s + i, rest));
+  store_partial(p + i, next.parameter, rest);
+  store_partial(m + i, next.first, rest);
+  store_partial(s + i, next.second, rest);
+}
+
+template <typename T>
+void fused_update_as(const FusedUpdate& u) {
+  const AdamLanes lanes(u.adam);
+  const int64_t d_in = u.d_in, d_out = u.d_out;
+  const auto row = [](const MutableMatrix& m, int64_t f) {
+    return static_cast<T*>(m.data) + f * m.stride;
+  };
+#pragma omp parallel
+  {
+    const int64_t widest = d_in > d_out ? d_in : d_out;
+    Scratch<float> gradient(widest), partial(widest), weights(widest);
+#pragma omp for schedule(dynamic, 64)
+    for (int64_t f = 0; f < u.codes.d_sae; ++f) {
+      accumulate_latent(static_cast<const T*>(u.values), u.codes, f, u.g, d_out, nullptr,
+                        u.row_scale, gradient.get(), partial.get());
+      T* w_dec = row(u.w_dec, f);
+      if (u.unit_norm) {
+        load_row(w_dec, nullptr, d_out, weights.get());
+        const float squared = dot(weights.get(), weights.get(), d_out);
+        const float along = dot(weights.get(), gradient.get(), d_out);
+        if (squared != 0.0f)
+          add_row<false>(-along / squared, weights.get(), nullptr, d_out, gradient.get());
+      }
+      adam_row(lanes, gradient.get(), d_out, w_dec, row(u.w_dec_first, f), row(u.w_dec_second, f));
+      if (u.unit_norm) {
+        load_row(w_dec, nullptr, d_out, weights.get());
+        const float norm = std::sqrt(dot(weights.get(), weights.get(), d_out));
+        const float scale = 1.0f / (norm < 1e-12f ? 1e-12f : norm);
+        for (int64_t i = 0; i < d_out; ++i) weights[i] *= scale;
+        write_row(weights.get(), d_out, w_dec);
+      }
+
+      const float bias_gradient =
+          accumulate_latent(static_cast<const T*>(u.grad_values), u.codes, f, u.x, d_in, u.b_dec,
+                            nullptr, gradient.get(), partial.get());
+      adam_row(lanes, gradient.get(), d_in, row(u.w_enc, f), row(u.w_enc_first, f),
+               row(u.w_enc_second, f));
+      adam_row(lanes, &bias_gradient, 1, row(u.b_enc, f), row(u.b_enc_first, f),
+               row(u.b_enc_second, f));
+    }
+  }
+}
+
+}  // namespace
+
+void fused_update(const FusedUpdate& update) {
+  if (update.w_dec.dtype == DType::float32)
+    fused_update_as<float>(update);
+  else
+    fused_update_as<bfloat16>(update);
+}
+
+}  // namespace FASTSAE_ISA
+}  // namespace fastsae

@@ -1,0 +1,118 @@
+"""fused_update: both weights' gradients and their Adam step in one pass over latents; no gradient tensor exists."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae.codes import SparseCodes
+from fastsae.ops import _check
+from fastsae.ops._library import define
+from fastsae.ops.transpose import transposed
+
+
+class Slot(NamedTuple):
+    """A parameter and its two moments, all of one shape, dtype and device."""
+
+    parameter: Tensor
+    first_moment: Tensor
+    second_moment: Tensor
+
+
+def _fake(*args):
+    return None
+
+
+fused_update_op = define(
+    "fused_update",
+    "(Tensor values, Tensor grad_values, Tensor latent_offsets, Tensor tokens, Tensor entries, Tensor g, "
+    "Tensor? row_scale, Tensor x, Tensor? b_dec, Tensor(a!)[] w_enc, Tensor(b!)[] b_enc, Tensor(c!)[] w_dec, "
+    "float lr, float beta1, float beta2, float eps, float weight_decay, int step, bool unit_norm) -> ()",
+    by="g",
+    fake=_fake,
+)
+
+
+@torch.no_grad()
+def fused_update(
+    codes: SparseCodes,
+    grad_values: Tensor,
+    residual: Tensor,
+    x: Tensor,
+    W_enc: Slot,
+    b_enc: Slot,
+    W_dec: Slot,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    step: int,
+    b_dec: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    unit_norm: bool = False,
+) -> None:
+    """Adam on W_enc, b_enc and W_dec, in place, from what the forward and `sampled_dot` left.
+
+    For each latent f, with c the row scale and b_dec what was subtracted from x:
+        G_dec = Σ c_n v_nf r_n,  G_enc = Σ v̄_nf (x_n - b_dec),  G_b = Σ v̄_nf,
+    then, with `unit_norm`, G_dec loses its part along W_dec[f]; Adam as torch.optim.Adam computes it; and W_dec[f] is
+    scaled to unit norm. Reads and writes every parameter and moment once.
+
+    Args:
+        codes: of the batch, flat tokens.
+        grad_values: v̄, the gradient of the loss in the codes' values, their shape.
+        residual: r [n_tokens, d_out]; the gradient of the reconstruction is c_n r_n.
+        x: what was encoded, [n_tokens, d_in].
+        W_enc, b_enc, W_dec: parameter and moments; W_enc [d_in, d_sae] with W_enc.T contiguous, moments alike.
+        lr, betas, eps, weight_decay: as torch.optim.Adam.
+        step: number of this step, from 1.
+        b_dec, row_scale: [d_in] and [n_tokens], or None.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, strides or devices that do not fit.
+
+    Source: FBGEMM's table-batched embeddings fuse backward and optimizer so; Adam is Kingma & Ba 2015.
+    """
+    d_sae = codes.d_sae
+    d_in, d_out = x.shape[-1], residual.shape[-1]
+    for name, slot, shape in (
+        ("W_enc", W_enc, (d_in, d_sae)),
+        ("b_enc", b_enc, (d_sae,)),
+        ("W_dec", W_dec, (d_sae, d_out)),
+    ):
+        for part, tensor in zip(Slot._fields, slot, strict=True):
+            _check.shape(f"{name}.{part}", tensor, shape, f"{shape}")
+            _check.same_kind(f"{name}.{part}", tensor, "residual", residual)
+    _check.shape("x", x, (codes.n_tokens, d_in), "[n_tokens, d_in], one row for each token of the codes")
+    _check.shape("residual", residual, (codes.n_tokens, d_out), "[n_tokens, d_out]")
+    _check.same_kind("x", x, "residual", residual)
+    _check.same_kind("grad_values", grad_values, "residual", residual)
+    if step < 1:
+        raise ValueError(f"step = {step}: expected at least 1")
+    rows = [tensor.T for tensor in W_enc]
+    for part, tensor in zip(Slot._fields, rows, strict=True):
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"W_enc.{part} has strides {tensor.T.stride()}: expected W_enc.T contiguous (feature-major)"
+            )
+    latent_major = transposed(codes.indices, codes.offsets, d_sae)
+    fused_update_op(
+        codes.values,
+        grad_values,
+        *latent_major,
+        residual,
+        row_scale,
+        x,
+        b_dec,
+        rows,
+        list(b_enc),
+        list(W_dec),
+        lr,
+        *betas,
+        eps,
+        weight_decay,
+        step,
+        unit_norm,
+    )
+    torch.autograd.graph.increment_version([W_enc.parameter, b_enc.parameter, W_dec.parameter])
