@@ -30,8 +30,8 @@ if X86:
         "avx512_bf16": f"-march=x86-64-v2 -mavx2 -mfma {AVX512} -mavx512bf16 -mavx512vnni",
     }
 # -ffp-contract=off: a multiply and an add become one only where a kernel asks for it, so that every
-# instruction set rounds alike.
-FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall"
+# instruction set rounds alike. -Wno-maybe-uninitialized: GCC 12 warns of its own vector headers.
+FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wno-maybe-uninitialized"
 REQUIRED = os.environ.get("FASTSAE_REQUIRE_NATIVE") == "1"
 
 
