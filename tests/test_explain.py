@@ -1,0 +1,53 @@
+"""fastsae.explain tells which backend serves what, and fastsae.backend changes it."""
+
+import pytest
+import torch
+
+import fastsae
+from fastsae.backends import native
+
+
+def test_tells_what_would_run():
+    explanation = fastsae.explain(torch.zeros(1, dtype=torch.float64))
+    assert {choice.backend for op, choice in explanation.choices.items() if op != "transpose"} == {"torch"}
+    assert "float64" in str(explanation)
+    if native.cpu is not None:
+        sae = fastsae.TopKSAE(4, 8, 2)
+        assert {choice.backend for choice in fastsae.explain(sae).choices.values()} == {"cpu"}
+        assert native.cpu.isa() in str(fastsae.explain(sae))
+
+
+def test_tells_what_ran():
+    sae = fastsae.TopKSAE(4, 8, 2)
+    with fastsae.backend("torch"):
+        sae(torch.randn(3, 4))
+        assert fastsae.explain().choices["decode"].backend == "torch"
+        assert "asked for by fastsae.backend" in str(fastsae.explain())
+
+
+def test_override_ends_with_its_block():
+    before = fastsae.explain(torch.zeros(1)).choices
+    with fastsae.backend("torch"):
+        assert fastsae.explain(torch.zeros(1)).choices["decode"].backend == "torch"
+    assert fastsae.explain(torch.zeros(1)).choices == before
+
+
+def test_override_by_environment(monkeypatch):
+    monkeypatch.setenv("FASTSAE_BACKEND", "torch")
+    assert fastsae.explain(torch.zeros(1)).choices["decode"].backend == "torch"
+    monkeypatch.setenv("FASTSAE_BACKEND", "abacus")
+    with pytest.raises(ValueError, match="FASTSAE_BACKEND='abacus'"):
+        fastsae.TopKSAE(4, 8, 2)(torch.randn(3, 4))
+
+
+def test_unknown_names_and_objects():
+    with pytest.raises(ValueError, match="name='abacus': expected one of torch, cpu"):
+        fastsae.backend("abacus")
+    with pytest.raises(TypeError, match="obj is a str"):
+        fastsae.explain("decode")
+
+
+def test_a_backend_that_cannot_serve_says_why():
+    sae = fastsae.TopKSAE(4, 8, 2, dtype=torch.float64)
+    with fastsae.backend("cpu"), pytest.raises(ValueError, match="cannot run encode_topk"):
+        sae(torch.randn(3, 4))
