@@ -14,116 +14,15 @@
 #include <cmath>
 #include <limits>
 
+#include "candidates.h"
 #include "dot.h"
 #include "fastsae/scratch.h"
 #include "isa_kernels.h"
+#include "ranking.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
-
-// Larger key first: the value in an order-preserving form (NaN above +inf, -0 with +0), then the
-// complement of the index, so that one 64-bit compare is the whole order.
-struct Key {
-  uint64_t bits;
-};
-struct Greater {
-  bool operator()(Key a, Key b) const { return a.bits > b.bits; }
-};
-
-inline Key make_key(float value, int32_t index) {
-  uint32_t bits;
-  value += 0.0f;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if (value != value) bits = 0xffffffffu;
-  else bits = (bits & 0x80000000u) ? ~bits : (bits | 0x80000000u);
-  return {(static_cast<uint64_t>(bits) << 32) | (0xffffffffu - static_cast<uint32_t>(index))};
-}
-inline int32_t key_index(Key key) {
-  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key.bits));
-}
-inline float key_value(Key key) {
-  uint32_t bits = static_cast<uint32_t>(key.bits >> 32);
-  if (bits == 0xffffffffu) return std::numeric_limits<float>::quiet_NaN();
-  bits = (bits & 0x80000000u) ? (bits & 0x7fffffffu) : ~bits;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-// One row's candidates, in the order of their indices.
-struct Candidates {
-  float* lower;
-  float* upper;
-  int32_t* index;
-  int64_t count;
-  float threshold;
-};
-
-Candidates candidates_of(const SelectionState& state, int64_t n) {
-  const int64_t at = n * state.capacity;
-  return {state.lower + at, state.upper + at, state.indices + at, state.counts[n],
-          state.thresholds[n]};
-}
-
-int64_t count_at_least(const float* values, int64_t count, float bound) {
-  const F16 lanes_bound = broadcast(bound);
-  int64_t found = 0, j = 0;
-  for (; j + kLanes <= count; j += kLanes)
-    found += __builtin_popcount(greater_equal(load(values + j), lanes_bound));
-  for (; j < count; ++j) found += values[j] >= bound;
-  return found;
-}
-
-// One of `values` that at least k of them reach, at or just below the k-th largest; -inf if fewer than k are
-// finite. Bisection, 16 passes over a few cache lines, where nth_element spent ten times as long on branches
-// that cannot be predicted; any such value is a valid threshold, a closer one only prunes more.
-float kth_largest_or_less(const float* values, int64_t count, int64_t k) {
-  constexpr float kInf = std::numeric_limits<float>::infinity();
-  float low = kInf, high = -kInf;
-  for (int64_t j = 0; j < count; ++j) {
-    if (values[j] == -kInf) continue;
-    low = values[j] < low ? values[j] : low;
-    high = values[j] > high ? values[j] : high;
-  }
-  if (count_at_least(values, count, low) < k) return -kInf;
-  if (count_at_least(values, count, high) >= k) return high;
-  for (int pass = 0; pass < 16; ++pass) {
-    const float middle = 0.5f * low + 0.5f * high;
-    if (!(middle > low && middle < high)) break;
-    (count_at_least(values, count, middle) >= k ? low : high) = middle;
-  }
-  float reached = kInf;
-  for (int64_t j = 0; j < count; ++j)
-    reached = values[j] >= low && values[j] < reached ? values[j] : reached;
-  return reached;
-}
-
-// Raises the threshold towards the k-th largest lower end and drops what cannot win any more.
-void prune(Candidates& c, int64_t k) {
-  if (c.count <= k) return;
-  c.threshold = std::max(c.threshold, kth_largest_or_less(c.lower, c.count, k));
-  int64_t kept = 0, certain = 0;
-  for (int64_t j = 0; j < c.count; ++j) {
-    const float upper = c.upper[j], lower = c.lower[j];
-    // At equality a later index loses to k earlier ones that are at least as large.
-    const bool loses = upper < c.threshold || (upper == c.threshold && certain >= k);
-    certain += lower >= c.threshold;
-    c.lower[kept] = lower;
-    c.upper[kept] = upper;
-    c.index[kept] = c.index[j];
-    kept += !loses;
-  }
-  c.count = kept;
-}
-
-// Sixteen latents of a row as the screen sees them: intervals [pre - error, pre + error].
-struct RowBounds {
-  F16 residual, norm, relative, absolute;
-};
-struct Interval {
-  F16 pre, error;
-};
 
 template <bool kBias, typename Score>
 inline Interval interval(const RowBounds& row, const Score* score, const float* bias,
@@ -157,6 +56,8 @@ inline bool append(Candidates& c, int64_t& limit, const Interval& lanes, uint32_
   return true;
 }
 
+constexpr int64_t kMostFirstLatents = 1024;
+
 template <bool kBias, typename Score>
 void select_row(const Score* scores, int64_t n, int64_t f_begin, int64_t f_count,
                 const float* b_enc, const ScreenBounds& bounds, int64_t k,
@@ -179,6 +80,16 @@ void select_row(const Score* scores, int64_t n, int64_t f_begin, int64_t f_count
   };
   int64_t f = 0;
   bool fits = true;
+  if (c.count == 0 && f_count >= k + kLanes && f_count <= kMostFirstLatents) {
+    // The first chunk sets the threshold before it is scanned: appending and pruning all of it took five times
+    // as long. Ties at the threshold are safe, k of this chunk reach it and a tie is not below it.
+    float lowers[kMostFirstLatents];
+    const int64_t whole = f_count / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes)
+      store(lowers + i, lower_end(interval<kBias>(row, scores + i, bias + i, alpha + i, beta + i)));
+    const float first = kth_largest_or_less(lowers, whole, k, -std::numeric_limits<float>::infinity());
+    c.threshold = std::nextafter(first, -std::numeric_limits<float>::infinity());
+  }
   for (; fits && f + kLanes <= f_count; f += kLanes)
     fits = visit(interval<kBias>(row, scores + f, bias + f, alpha + f, beta + f), 0xffffu, f);
   if (fits && f < f_count) {
@@ -235,7 +146,7 @@ template <typename T>
 int64_t rescore(Candidates& c, const float* x, const T* w, int64_t stride, const float* b_enc,
                 int64_t d, int64_t k, float* scratch, Key* keys) {
   for (int64_t j = 0; j < c.count; ++j) scratch[j] = 0.5f * c.lower[j] + 0.5f * c.upper[j];
-  const float high = kth_largest_or_less(scratch, c.count, k);
+  const float high = kth_largest_or_less(scratch, c.count, k, -std::numeric_limits<float>::infinity());
   int64_t first = 0;
   for (int64_t j = 0; j < c.count; ++j) {
     if (!(scratch[j] >= high)) continue;
@@ -309,50 +220,6 @@ void finish_rows(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc,
   }
 }
 
-// A norm that is never below the true one: the float32 sum of squares is within (d/16 + 8) 2^-24 of
-// exact, and squares under 2^-126 may vanish, each hiding an entry of at most 2^-63.
-float norm_above(float sum_of_squares, int64_t d) {
-  if (sum_of_squares != sum_of_squares) return std::numeric_limits<float>::infinity();
-  const double slack = 1.0 + 6.0e-8 * (static_cast<double>(d) / 16 + 16);
-  return static_cast<float>((std::sqrt(static_cast<double>(sum_of_squares)) * slack +
-                             std::sqrt(static_cast<double>(d)) * 0x1p-63) * (1.0 + 0x1p-22));
-}
-
-template <typename T, typename Packed>
-void pack_rows_as(Matrix rows, const float* shift, int64_t n_rows, int64_t d, Packed* packed,
-                  float* norm, float* residual_norm, uint8_t* not_finite) {
-#pragma omp parallel
-  {
-    Scratch<float> row(d + kLanes);
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < n_rows; ++n) {
-      load_row(static_cast<const T*>(rows.data) + n * rows.stride, shift, d, row.get());
-      for (int64_t i = d; i < d + kLanes; ++i) row[i] = 0.0f;
-      Packed* out = packed ? packed + n * d : nullptr;
-      F16 squares = zero(), residual_squares = zero();
-      uint32_t any = 0;
-      for (int64_t i = 0; i < d; i += kLanes) {
-        const F16 lanes = load(row.get() + i);
-        squares = fma(lanes, lanes, squares);
-        any |= not_less_equal(abs(lanes), zero());
-        if (!out) continue;
-        Packed tail[kLanes];
-        Packed* to = i + kLanes <= d ? out + i : tail;
-        store(to, lanes);
-        const F16 lost = sub(lanes, load(to));
-        residual_squares = fma(lost, lost, residual_squares);
-        if (to == tail) std::memcpy(out + i, tail, static_cast<size_t>(d - i) * sizeof(Packed));
-      }
-      norm[n] = any ? norm_above(reduce(squares), d) : 0.0f;
-      residual_norm[n] = out && any ? norm_above(reduce(residual_squares), d) : 0.0f;
-      if (!not_finite) continue;
-      bool finite = true;
-      for (int64_t i = 0; i < d; ++i) finite &= std::isfinite(row[i]) != 0;
-      not_finite[n] = finite ? kScreened : kExhaustive;
-    }
-  }
-}
-
 // Selection among relu(pre): what is positive (or NaN) stands first already; the places left go to zeros,
 // of which the lowest indices win. No pre-activation is needed for that.
 template <typename T>
@@ -381,21 +248,6 @@ void relu_first_as(T* values, int32_t* indices, int64_t n_rows, int64_t k) {
 }
 
 }  // namespace
-
-void pack_rows(Matrix rows, const float* shift, int64_t n, int64_t d, void* packed,
-               DType packed_dtype, float* norm, float* residual_norm, uint8_t* not_finite) {
-  const bool narrow_in = rows.dtype == DType::bfloat16, narrow = packed_dtype == DType::bfloat16;
-  auto* p16 = static_cast<bfloat16*>(packed);
-  auto* p32 = static_cast<float*>(packed);
-  if (narrow_in && narrow)
-    pack_rows_as<bfloat16>(rows, shift, n, d, p16, norm, residual_norm, not_finite);
-  else if (narrow_in)
-    pack_rows_as<bfloat16>(rows, shift, n, d, p32, norm, residual_norm, not_finite);
-  else if (narrow)
-    pack_rows_as<float>(rows, shift, n, d, p16, norm, residual_norm, not_finite);
-  else
-    pack_rows_as<float>(rows, shift, n, d, p32, norm, residual_norm, not_finite);
-}
 
 void select_chunk(Matrix scores, int64_t n_rows, int64_t f_begin, int64_t f_count,
                   const float* b_enc, ScreenBounds bounds, int64_t k, SelectionState state) {

@@ -69,6 +69,19 @@ inline uint32_t not_less_equal(F16 a, F16 b) {
   return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ);
 }
 inline uint32_t greater_equal(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
+// a > b ? a : b, so that a NaN in a gives b.
+inline F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+// The lanes of `mask`, packed to the front; sixteen places are written. Compressing in a register and storing it
+// whole: the store that compresses by itself is microcoded on Zen 4.
+inline void store_packed(float* p, F16 a, uint32_t mask) {
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), a.v));
+}
+// As store_packed, of the numbers first, first + 1, ...
+inline void store_packed_numbers(int32_t* p, int32_t first, uint32_t mask) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i numbers = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), numbers));
+}
 inline void store(bfloat16* p, F16 a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -116,6 +129,7 @@ inline uint32_t not_less_equal(F16 a, F16 b) {
   const int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_NLE_UQ));
   return static_cast<uint32_t>(lo) | (static_cast<uint32_t>(hi) << 8);
 }
+inline F16 max(F16 a, F16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 inline uint32_t greater_equal(F16 a, F16 b) {
   const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ));
   const int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ));
@@ -176,6 +190,11 @@ inline F16 abs(const F16& a) {
   for (int64_t l = 0; l < kLanes; ++l) r.v[l] = std::fabs(a.v[l]);
   return r;
 }
+inline F16 max(const F16& a, const F16& b) {
+  F16 r;
+  for (int64_t l = 0; l < kLanes; ++l) r.v[l] = a.v[l] > b.v[l] ? a.v[l] : b.v[l];
+  return r;
+}
 inline uint32_t not_less_equal(const F16& a, const F16& b) {
   uint32_t mask = 0;
   for (int64_t l = 0; l < kLanes; ++l) mask |= static_cast<uint32_t>(!(a.v[l] <= b.v[l])) << l;
@@ -187,6 +206,17 @@ inline uint32_t greater_equal(const F16& a, const F16& b) {
   return mask;
 }
 
+#endif
+
+#if !defined(__AVX512F__)
+inline void store_packed(float* p, const F16& a, uint32_t mask) {
+  float lanes[kLanes];
+  store(lanes, a);
+  for (; mask; mask &= mask - 1) *p++ = lanes[__builtin_ctz(mask)];
+}
+inline void store_packed_numbers(int32_t* p, int32_t first, uint32_t mask) {
+  for (; mask; mask &= mask - 1) *p++ = first + __builtin_ctz(mask);
+}
 #endif
 
 // The first `count` lanes from memory, zeros beyond them. On every instruction set a tail is a
