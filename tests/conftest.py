@@ -11,7 +11,7 @@ import torch
 from fastsae.testing import backend_dtypes, backends
 
 # The same examples on every run, so that a failure belongs to a change; HYPOTHESIS_PROFILE=explore looks for new ones.
-hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=25)
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=60)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
@@ -45,6 +45,16 @@ def _poisoned_allocations():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Tensors of these tests are small: on a busy machine a team of threads waits ten times longer than it works.
+
+    OMP_NUM_THREADS overrules; tests/backends/test_determinism.py runs every operator with 1, 2 and 3 threads.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
@@ -70,6 +80,13 @@ def dtype(request):
     backend, dtype = request.param
     with backend.active():
         yield dtype
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def screen(request, monkeypatch):
+    """Each precision of encode_topk's screen on a CPU, in force during the test."""
+    monkeypatch.setenv("FASTSAE_SCREEN", request.param)
+    return request.param
 
 
 @pytest.fixture(params=[False, True], ids=["eager", "compiled"])
