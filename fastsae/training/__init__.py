@@ -1,0 +1,7 @@
+"""Training: a plain loop with any torch optimizer, logs, and checkpoints that resume bit for bit."""
+
+from fastsae.training.config import TrainConfig
+from fastsae.training.schedule import warmup_and_decay
+from fastsae.training.trainer import Trainer, TrainSummary
+
+__all__ = ["TrainConfig", "TrainSummary", "Trainer", "warmup_and_decay"]
