@@ -35,27 +35,6 @@ inline Interval interval(const RowBounds& row, const Score* score, const float* 
   return {pre, error};
 }
 
-// Appends the lanes of `mask`; false if they do not fit even after pruning.
-inline bool append(Candidates& c, int64_t& limit, const Interval& lanes, uint32_t mask, int64_t f,
-                   int64_t k, int64_t capacity) {
-  if (c.count + kLanes > limit) {
-    prune(c, k);
-    limit = std::min(capacity, 2 * std::max(c.count, k) + 64);
-    if (c.count + kLanes > limit) return false;
-  }
-  float uppers[kLanes], lowers[kLanes];
-  store(uppers, add(lanes.pre, lanes.error));
-  store(lowers, sub(lanes.pre, lanes.error));
-  for (; mask; mask &= mask - 1) {
-    const int64_t l = __builtin_ctz(mask);
-    c.lower[c.count] = lowers[l] == lowers[l] ? lowers[l] : -std::numeric_limits<float>::infinity();
-    c.upper[c.count] = uppers[l];
-    c.index[c.count] = static_cast<int32_t>(f + l);
-    ++c.count;
-  }
-  return true;
-}
-
 constexpr int64_t kMostFirstLatents = 1024;
 
 template <bool kBias, typename Score>
