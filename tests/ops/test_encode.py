@@ -92,12 +92,6 @@ def test_gradients_of_some_inputs_only(backend, missing):
             assert_same_bits(leaf.grad, expected[i])
 
 
-def by_mask(pre, k):
-    """What ReLU after top-k and ReLU before it have in common: the k largest, the positive ones of them."""
-    chosen = pre.topk(k, dim=1)
-    return chosen.values.where(chosen.values > 0, 0)
-
-
 @pytest.mark.parametrize("relu_first", [False, True])
 def test_picks_that_are_zero_get_no_gradient(dtype, relu_first):
     """Negative biases leave tokens with fewer than k positive pre-activations."""
