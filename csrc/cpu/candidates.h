@@ -36,10 +36,11 @@ int64_t count_at_least(const float* values, int64_t count, float bound) {
   return found;
 }
 
-// One of `values` that at least k of them reach, at or just below the k-th largest; -inf if fewer than k are
-// above it. `floor` is a value already known to be reached by k, or -inf. Bisection, 16 passes over a few
-// cache lines, where nth_element spent ten times as long on branches that cannot be predicted; any such value
-// is a valid threshold, a closer one only prunes more.
+// One of `values` that at least k of them reach, at or just below the k-th largest; `floor` if fewer than k reach
+// that, -inf if fewer than k are above it. `floor`, or -inf, is where the search starts: k latents of the row are
+// known to reach it, which need not be among `values` yet. Bisection, 16 passes over a few cache lines, where
+// nth_element spent ten times as long on branches that cannot be predicted; any such value is a valid
+// threshold, a closer one only prunes more.
 float kth_largest_or_less(const float* values, int64_t count, int64_t k, float floor) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   F16 highest = broadcast(-kInf);
@@ -52,8 +53,8 @@ float kth_largest_or_less(const float* values, int64_t count, int64_t k, float f
   if (low == -kInf) {
     low = kInf;
     for (j = 0; j < count; ++j) low = values[j] < low && values[j] > -kInf ? values[j] : low;
-    if (count_at_least(values, count, low) < k) return -kInf;
   }
+  if (count_at_least(values, count, low) < k) return floor;
   if (count_at_least(values, count, high) >= k) return high;
   for (int pass = 0; pass < 16; ++pass) {
     const float middle = 0.5f * low + 0.5f * high;
