@@ -1,5 +1,6 @@
 """TrainConfig: the settings of a training run."""
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,10 @@ class TrainConfig:
             value = getattr(self, name)
             # As text, so that a checkpoint can record it.
             object.__setattr__(self, name, None if value is None else os.fspath(value))
+
+    def peak_lr(self, d_sae: int) -> float:
+        """`lr`, or the rate that its None stands for."""
+        return 2e-4 / math.sqrt(d_sae / 2**14) if self.lr is None else self.lr
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":

@@ -25,6 +25,9 @@ from fastsae.training.progress import ProgressBar, progress_bar
 from fastsae.training.record import Record, measure
 from fastsae.training.schedule import warmup_and_decay
 
+# The settings of OpenAI's sparse_autoencoder/train.py; its betas are torch's.
+OPENAI_ADAM = {"betas": (0.9, 0.999), "eps": 6.25e-10}
+
 
 @dataclass(frozen=True)
 class TrainSummary:
@@ -256,8 +259,7 @@ class _Step(NamedTuple):
 
 
 def _adam(sae: SAE, config: TrainConfig) -> Optimizer:
-    lr = 2e-4 / math.sqrt(sae.d_sae / 2**14) if config.lr is None else config.lr
-    return torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
+    return torch.optim.Adam(sae.parameters(), lr=config.peak_lr(sae.d_sae), **OPENAI_ADAM, fused=True)
 
 
 def _check_batch(x: Tensor, step: int) -> None:
