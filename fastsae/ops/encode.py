@@ -35,7 +35,7 @@ def _backward(ctx, g, _):
         grad_x = decode_op(g, indices, None, w_enc, None)
     if needs_b_dec:
         # Σ_n of the gradient of (x - b_dec), regrouped by latent: no [n_tokens, d_in] tensor is made for it.
-        grad_b_dec = -_sum_of_rows(grad_b_enc, w_enc)
+        grad_b_dec = -sum_of_rows(grad_b_enc, w_enc)
     return (
         grad_x,
         grad_w if needs_w else None,
@@ -46,7 +46,7 @@ def _backward(ctx, g, _):
     )
 
 
-def _sum_of_rows(weights: Tensor, rows: Tensor) -> Tensor:
+def sum_of_rows(weights: Tensor, rows: Tensor) -> Tensor:
     """weights [d_sae] @ rows [d_sae, d_in], in blocks of 64 latents whose sums are then added.
 
     A vector times a matrix is one chain of d_sae additions in most libraries: at 24,576 latents and in float32 ten

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from fastsae.codes import SparseCodes
 from fastsae.ops import encode_topk, sampled_dot, squared_error
+from fastsae.ops.encode import sum_of_rows
 from fastsae.saes.base import SAE, SAELoss, _one_of
 
 
@@ -138,7 +139,7 @@ class TopKSAE(SAE):
         grad_b_dec = row_scale.to(x.dtype) @ residual
         if self.apply_b_dec_to_input:
             grad_b_enc = torch.zeros_like(self.b_enc).index_add(0, codes.indices.reshape(-1), grad_values.reshape(-1))
-            grad_b_dec -= self.W_enc @ grad_b_enc
+            grad_b_dec -= sum_of_rows(grad_b_enc, self.W_enc.T)
         loss = SAELoss(fvu, mse, fvu, torch.zeros_like(fvu), codes)
         return loss, CodeGradients(x, residual, row_scale, grad_values, grad_b_dec)
 
