@@ -29,7 +29,7 @@ def train(
     d_sae: Annotated[int, typer.Option(help="Number of latents.")],
     k: Annotated[int, typer.Option(help="Latents kept for each token.")],
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; by default one pass over the tokens.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Tokens in a step.")] = 4096,
+    batch_size: Annotated[int, typer.Option(min=1, help="Tokens in a step.")] = 4096,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; by default 2e-4 / sqrt(d_sae / 2^14).")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="By default a twentieth of the steps.")] = None,
     decay_steps: Annotated[int | None, typer.Option(help="By default a fifth of the steps.")] = None,
@@ -92,8 +92,9 @@ def train(
         replace_file(out / SETTINGS_NAME, (json.dumps(settings, indent=2) + "\n").encode())
         summary = trainer.fit(store.batches(batch_size, seed=seed, start=trainer.step))
         sae.save_pretrained(out)
-    result = {"out": str(out), "steps": summary.steps, "tokens": summary.tokens, **summary.loss, "l0": summary.l0}
-    typer.echo(json.dumps(result))
+    # A resumed run that was already at its end has no last step to tell of.
+    last_step = {**summary.loss, "l0": summary.l0} if summary.loss else {}
+    typer.echo(json.dumps({"out": str(out), "steps": summary.steps, "tokens": summary.tokens, **last_step}))
 
 
 def _check_settings(path: Path, settings: dict[str, Any], resume: bool) -> None:

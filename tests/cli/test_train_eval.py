@@ -83,6 +83,8 @@ def test_resume_is_the_same_run(run, activations, tmp_path):
         assert_same_bits(tensor, expected[name])
     logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (whole, cut)]
     assert [[record["step"] for record in log] for log in logs] == [[1, 10, 20]] * 2
+    again = json.loads(run("train", activations, "--out", cut, *options, "--resume"))
+    assert again == {"out": str(cut), "steps": 20, "tokens": 20 * 128}
     assert [record["total"] for record in logs[0]] == [record["total"] for record in logs[1]]
 
 
