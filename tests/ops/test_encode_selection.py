@@ -95,7 +95,9 @@ def spoil_w(w: Tensor, how: str, at: int) -> None:
     elif how == "duplicates":
         w[f:] = w[f].clone()
     elif how == "near_duplicates":
-        w[f:] = w[f] * (1 + 1e-6 * torch.arange(len(w) - f)[:, None]).to(w.dtype)
+        # Spreads from far under to far over what a screen can tell apart.
+        spread = 10.0 ** -(1 + at % 7)
+        w[f:] = w[f] * (1 + spread * torch.rand(len(w) - f, 1, generator=torch.Generator().manual_seed(at))).to(w.dtype)
     elif how == "all_negative":
         w.abs_().neg_()
 
@@ -107,14 +109,14 @@ W_FAULTS = ("nan", "inf", "zero", "huge", "tiny", "duplicates", "near_duplicates
 @st.composite
 def problems(draw, dtypes):
     # Off every block: 16 lanes, 512 latents of a chunk, 256 latents under which nothing is screened.
-    n_tokens = draw(st.sampled_from([1, 2, 5, 37, 199]))
+    n_tokens = draw(st.sampled_from([1, 3, 37, 199]))
     d_in = draw(st.sampled_from([1, 3, 16, 17, 50]))
-    widths = [1, 7, 255, 256, 300] + ([511, 512, 513, 1100] if n_tokens <= 37 else [])
+    widths = [1, 255, 256, 300] + ([512, 513, 700, 1100] if n_tokens <= 37 else [])
     d_sae = draw(st.sampled_from(widths))
-    k = min(d_sae, draw(st.sampled_from([1, 2, 5, 32, 70, d_sae])))
+    k = min(d_sae, draw(st.sampled_from([1, 2, 5, 8, 32, 70, d_sae])))
     dtype = draw(st.sampled_from(dtypes))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    if draw(st.booleans()):
+    if draw(st.integers(0, 2)):
 
         def tensor(*shape):
             return torch.randn(shape, generator=generator).to(dtype)
@@ -137,6 +139,7 @@ def problems(draw, dtypes):
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native code here")
+@hypothesis.settings(max_examples=5 * hypothesis.settings.default.max_examples)
 @hypothesis.given(problems([torch.float32, torch.bfloat16]))
 def test_native_code_matches_the_definition_to_the_bit(problem):
     check_native(problem)
