@@ -1,0 +1,135 @@
+"""What every contestant offers, and fastsae's own."""
+
+import abc
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae.backends.screen import screen_dtype
+from fastsae.bench import work
+from fastsae.bench.problem import Problem
+from fastsae.bench.shapes import Shape
+from fastsae.ops import encode_topk
+from fastsae.saes import TopKSAE
+
+
+class Implementation(abc.ABC):
+    """One way to encode, decode and train; all of them on the parameters of one TopKSAE."""
+
+    name: str
+    precision: str
+    # The dtype in which its pre-activations are ranked.
+    ranked_in = torch.float32
+    # Whether it encodes and decodes as another does, so that only its step is measured.
+    trains_only = False
+
+    @abc.abstractmethod
+    def picks(self, sae: TopKSAE, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw pre-activations [n_tokens, k] that were selected, in any order, and their latents."""
+
+    @abc.abstractmethod
+    def encode(self, sae: TopKSAE, x: Tensor) -> Any:
+        """x -> codes, in the form that its own `decode` takes."""
+
+    @abc.abstractmethod
+    def decode(self, sae: TopKSAE, codes: Any) -> Tensor:
+        """Codes -> reconstruction [n_tokens, d_in]."""
+
+    @abc.abstractmethod
+    def loss(self, sae: TopKSAE, x: Tensor) -> Tensor:
+        """The fraction of variance unexplained, differentiable."""
+
+    @abc.abstractmethod
+    def update(self, problem: Problem) -> None:
+        """Projects W_dec's gradient, steps the optimizer, normalises W_dec."""
+
+    def step(self, problem: Problem) -> Iterator[str]:
+        """A whole training step; yields the name of each part when it is done."""
+        problem.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(problem.sae, problem.x)
+        yield "forward"
+        loss.backward()
+        yield "backward"
+        self.update(problem)
+        yield "update"
+
+    @abc.abstractmethod
+    def work(self, shape: Shape, itemsize: int) -> dict[str, work.Work]:
+        """Counted work by phase."""
+
+    @abc.abstractmethod
+    def working_set(self, shape: Shape, itemsize: int) -> int:
+        """About how many bytes a step takes beyond parameters, gradients and state: asked before it is tried."""
+
+
+class FastSAE(Implementation):
+    """TopKSAE as a user calls it; `screen` names the precision of the encoder's screening products."""
+
+    name = "fastsae"
+
+    def __init__(self, dtype: torch.dtype, *, screen: str | None = None):
+        self.screen = screen
+        used = screen or str(screen_dtype()).removeprefix("torch.")
+        self.precision = f"{str(dtype).removeprefix('torch.')} (exact; screened in {used})"
+        if screen is not None:
+            self.name = f"fastsae, {screen} screen"
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """The screen is read from the environment at each call."""
+        before = os.environ.get("FASTSAE_SCREEN")
+        if self.screen is not None:
+            os.environ["FASTSAE_SCREEN"] = self.screen
+        try:
+            yield
+        finally:
+            if before is None:
+                os.environ.pop("FASTSAE_SCREEN", None)
+            else:
+                os.environ["FASTSAE_SCREEN"] = before
+
+    def picks(self, sae: TopKSAE, x: Tensor) -> tuple[Tensor, Tensor]:
+        with self.context():
+            codes = encode_topk(x, sae.W_enc, sae.b_enc, sae.k, b_dec=sae.b_dec)
+        return codes.values, codes.indices.long()
+
+    def encode(self, sae: TopKSAE, x: Tensor) -> Any:
+        with self.context():
+            return sae.encode(x)
+
+    def decode(self, sae: TopKSAE, codes: Any) -> Tensor:
+        return sae.decode(codes)
+
+    def loss(self, sae: TopKSAE, x: Tensor) -> Tensor:
+        with self.context():
+            return sae.loss(x).total
+
+    def update(self, problem: Problem) -> None:
+        hooks = problem.sae.register_optimizer_hooks(problem.optimizer)
+        try:
+            problem.optimizer.step()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def work(self, shape: Shape, itemsize: int) -> dict[str, work.Work]:
+        return work.sparse_phases(shape, itemsize)
+
+    def working_set(self, shape: Shape, itemsize: int) -> int:
+        return 8 * shape.n_tokens * shape.d_in * itemsize
+
+
+class FusedAdamSAE(FastSAE):
+    """The same SAE trained by fastsae.optim.FusedAdam: no gradient tensors, the update inside the backward."""
+
+    name = "fastsae, FusedAdam"
+    trains_only = True
+
+    def step(self, problem: Problem) -> Iterator[str]:
+        """A whole training step, in one part."""
+        problem.fused_optimizer.step(problem.x)
+        yield from ()

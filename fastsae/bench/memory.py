@@ -1,0 +1,118 @@
+"""Peak memory of each phase, measured by the operating system in a process that does nothing else.
+
+A child process makes the problem, warms up until gradients and optimizer state exist, notes its resident memory,
+resets the peak that Linux keeps (5 into /proc/self/clear_refs), runs the phase once and reads the peak (VmHWM). What
+is above the noted memory is what the phase took beyond parameters, gradients, optimizer state and x. With
+MALLOC_MMAP_THRESHOLD_ at 64 KiB every block of that size or more goes back to the system when it is freed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from fastsae.bench.baselines import contestants
+from fastsae.bench.implementations import Implementation
+from fastsae.bench.problem import DTYPES, Problem
+from fastsae.bench.shapes import Shape
+
+_WARM_UPS = 2
+_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+class Unmeasured(RuntimeError):
+    """Peak memory cannot be had here; the message says why."""
+
+
+def peak_memory(
+    shape: Shape, dtype: str, implementation: str, *, inputs: str = "mixture", train: bool = True
+) -> dict[str, int]:
+    """Peak bytes by phase (encode, decode and, if `train`, forward and step) in a process of its own.
+
+    Raises Unmeasured where the system keeps no peak that can be reset, or when the child fails (out of memory).
+    """
+    task = {
+        "shape": asdict(shape),
+        "dtype": dtype,
+        "inputs": inputs,
+        "implementation": implementation,
+        "train": train,
+        "threads": torch.get_num_threads(),
+    }
+    child = subprocess.run(
+        [sys.executable, "-m", "fastsae.bench.memory", json.dumps(task)],
+        env=os.environ | _ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    if child.returncode:
+        lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+        raise Unmeasured(f"the process that measures memory ended with {child.returncode}: {lines[-1]}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise Unmeasured(f"/proc/self/status has no {field}")
+
+
+def _peak_of(run: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:
+    """Bytes by which `run` raises resident memory at its worst; `prepare` comes before the memory is noted."""
+    for _ in range(_WARM_UPS):
+        prepare()
+        run()
+    prepare()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+    except OSError as error:
+        raise Unmeasured(f"this system resets no peak of resident memory ({error})") from error
+    result = run()
+    after = _status("VmHWM")
+    del result
+    return max(0, after - before)
+
+
+def measure_here(problem: Problem, implementation: Implementation, train: bool) -> dict[str, int]:
+    """`peak_memory` of this process, which should have been started for it."""
+    sae, x = problem.sae, problem.x
+    peaks: dict[str, int] = {}
+    if not implementation.trains_only:
+        peaks |= _inference_peaks(problem, implementation)
+    if train:
+        peaks["step"] = _peak_of(lambda: list(implementation.step(problem)))
+    if train and not implementation.trains_only:
+        # Gradients are gone when a step's forward runs and could hide what it takes: noted without them, too.
+        peaks["forward"] = _peak_of(
+            lambda: implementation.loss(sae, x), lambda: problem.optimizer.zero_grad(set_to_none=True)
+        )
+    return peaks
+
+
+@torch.no_grad()
+def _inference_peaks(problem: Problem, implementation: Implementation) -> dict[str, int]:
+    sae, x = problem.sae, problem.x
+    codes = implementation.encode(sae, x)
+    return {
+        "encode": _peak_of(lambda: implementation.encode(sae, x)),
+        "decode": _peak_of(lambda: implementation.decode(sae, codes)),
+    }
+
+
+def main(task: dict) -> None:
+    torch.set_num_threads(task["threads"])
+    dtype = DTYPES[task["dtype"]]
+    problem = Problem(Shape(**task["shape"]), dtype, task["inputs"])
+    by_name = {implementation.name: implementation for implementation in contestants(dtype)}
+    print(json.dumps(measure_here(problem, by_name[task["implementation"]], task["train"])))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,79 @@
+"""One SAE of a shape and a batch of activations, the same for every implementation and on every machine."""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastsae.bench.shapes import Shape
+from fastsae.codes import SparseCodes
+from fastsae.optim import FusedAdam
+from fastsae.saes import TopKSAE
+
+INPUTS = ("mixture", "gaussian")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# So small that hundreds of timed steps leave the problem what it was, whatever their number.
+_LEARNING_RATE = 1e-6
+_SEED = 0
+
+
+class Problem:
+    """`sae`, and x [n_tokens, d_in] for it.
+
+    `inputs="mixture"` makes each token of k decoder rows, magnitudes and a mean like those of activations, and noise;
+    latents fire with log-normal frequencies, so that the common ones fire hundreds of times as often as the median.
+    `inputs="gaussian"` is plain noise: harder to screen (winners barely stand out), easier to balance (each latent
+    fires alike).
+
+    All implementations work on these parameters, with one set of gradients and of optimizer state.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, inputs: str = "mixture"):
+        if inputs not in INPUTS:
+            raise ValueError(f"inputs = {inputs!r}: expected one of {', '.join(INPUTS)}")
+        self.shape, self.dtype, self.inputs = shape, dtype, inputs
+        with torch.random.fork_rng():
+            torch.manual_seed(_SEED)
+            self.sae = TopKSAE(shape.d_in, shape.d_sae, shape.k, dtype=dtype)
+            with torch.no_grad():
+                self.sae.b_enc.normal_(std=0.02)
+                self.sae.b_dec.normal_()
+                self.x = _mixture(self.sae, shape) if inputs == "mixture" else torch.randn(shape.n_tokens, shape.d_in)
+                self.x = self.x.to(dtype)
+                self.g = torch.randn(shape.n_tokens, shape.d_in).to(dtype)
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam over the SAE's parameters; its state exists from the first step on."""
+        return torch.optim.Adam(self.sae.parameters(), lr=_LEARNING_RATE, fused=True)
+
+    @cached_property
+    def fused_optimizer(self) -> FusedAdam:
+        """fastsae's optimizer, on the same state."""
+        fused = FusedAdam(self.sae, lr=_LEARNING_RATE)
+        fused.state = self.optimizer.state
+        return fused
+
+    @cached_property
+    @torch.no_grad()
+    def codes(self) -> SparseCodes:
+        """What x is encoded to; decoders are timed on these."""
+        return self.sae.encode(self.x)
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """Up to 64 tokens spread over the batch, for the checks."""
+        count = min(64, self.shape.n_tokens)
+        return torch.linspace(0, self.shape.n_tokens - 1, count).long()
+
+
+def _mixture(sae: TopKSAE, shape: Shape) -> Tensor:
+    frequencies = torch.randn(shape.d_sae).mul_(1.5).exp_()
+    places = torch.multinomial(frequencies, shape.nnz, replacement=True).reshape(shape.n_tokens, shape.k)
+    magnitudes = 1 + torch.empty(shape.n_tokens, shape.k).exponential_()
+    rows = sae.W_dec.detach().float()
+    x = functional.embedding_bag(places, rows, per_sample_weights=magnitudes, mode="sum")
+    noise = 0.2 * x.norm(dim=1).mean() / shape.d_in**0.5
+    return x + sae.b_dec.float() + noise * torch.randn_like(x)
