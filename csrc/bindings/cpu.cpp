@@ -70,14 +70,14 @@ PYBIND11_MODULE(_cpu, m) {
       "select_chunk",
       [](Address scores, int64_t stride, int dtype, int64_t n, int64_t f_begin, int64_t f_count,
          Address b_enc, Address row_residual, Address row_norm, Address latent_norm,
-         Address latent_residual, float relative, float absolute, int64_t k, Address lower,
+         Address latent_residual, float score_rounding, float absolute, int64_t k, Address lower,
          Address upper, Address indices, Address counts, Address thresholds, Address redo,
          int64_t capacity) {
         const fastsae::ScreenBounds bounds = {at<const float>(row_residual),
                                               at<const float>(row_norm),
                                               at<const float>(latent_norm),
                                               at<const float>(latent_residual),
-                                              relative,
+                                              score_rounding,
                                               absolute};
         fastsae::kernels().select_chunk(
             matrix(scores, stride, dtype), n, f_begin, f_count, at<const float>(b_enc), bounds, k,

@@ -88,7 +88,7 @@ void prune(Candidates& c, int64_t k) {
 
 // Sixteen latents of a row as the screen sees them: intervals [pre - error, pre + error].
 struct RowBounds {
-  F16 residual, norm, relative, absolute;
+  F16 residual, norm, score_rounding, bias_rounding, absolute;
 };
 struct Interval {
   F16 pre, error;

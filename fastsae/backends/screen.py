@@ -169,9 +169,11 @@ class Screen:
     def _select(self, x: Tensor, rows: _Packed, pack_w: _Packer, scores: Tensor, state: _State) -> None:
         n, d = x.shape
         row_norm = rows.norm + rows.residual
-        reduced = 2.0**-7 if self.dtype == torch.float32 and _float32_matmul_is_reduced() else 0.0
+        # Two factors rounded to bfloat16, the coarsest that torch may choose: (1 + 2⁻⁸)² - 1 is just above 2⁻⁷.
+        reduced = 2.0**-6 if self.dtype == torch.float32 and _float32_matmul_is_reduced() else 0.0
         product, value = _gamma(d + 2) + reduced, _gamma(d // 16 + 8)
-        relative = 2.0**-21 if self.dtype == torch.float32 else 1.01 * 2.0**-9
+        # A float32 score is stored as it was summed; a bfloat16 one is rounded to 8 bits, by 2⁻⁸ of the exact score.
+        score_rounding = 0.0 if self.dtype == torch.float32 else 1.01 * 2.0**-8
         for f in range(0, self.d_sae, _LATENTS):
             latents = pack_w(self.w_enc[f : f + _LATENTS], None)
             count = latents.rows.shape[0]
@@ -186,7 +188,7 @@ class Screen:
                 _address(chunk), count, _DTYPES[self.dtype], n, f, count,
                 _address(self.b_enc), _address(rows.residual), _address(row_norm),
                 _address(latent_norm), _address(latent_residual),
-                relative, d * 2.0**-126, self.k, *state.arguments(),
+                score_rounding, (2 * d + 16) * 2.0**-126, self.k, *state.arguments(),
             )  # fmt: skip
 
     def _finish(self, x: Tensor, state: _State, values: Tensor, indices: Tensor) -> None:

@@ -176,3 +176,16 @@ def test_all_instruction_sets_agree_at_size(screen):
                 results.append(run(x, w_enc, k=16))
     for result in results[1:]:
         check_same(result, results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bias_that_cancels_a_rounded_score(native, screen, dtype):
+    """Small integers are exact in bfloat16, their sums are not: the only error is that of storing the score.
+
+    The bias takes the score away, so what is left is a few units beside a rounding of up to four.
+    """
+    x = torch.randint(-8, 9, (1, 64)).expand(9, 64).to(dtype)
+    w = torch.randint(-8, 9, (4096, 64)).to(dtype)
+    w += (8 - w) * (torch.rand(4096, 1) < 0.5) * (x[0] > 0)
+    b_enc = torch.randint(-8, 9, (4096,)).float() - (w.float() @ x[0].float())
+    check_same(run(x, w, b_enc, k=16), run(x, w, b_enc, k=16, exhaustive=True))

@@ -47,7 +47,7 @@ struct ScreenBounds {
   const float* row_norm;         // B[n]
   const float* latent_norm;      // alpha[f]
   const float* latent_residual;  // beta[f]
-  float relative;                // share of |score| lost when the score itself was rounded
+  float score_rounding;          // share of |score| that storing the score may have changed
   float absolute;                // underflow
 };
 
