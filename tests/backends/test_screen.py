@@ -184,9 +184,10 @@ def test_a_bias_that_cancels_a_rounded_score(native, screen, dtype):
 
     Scores just above 1,024 are stored in steps of 8; the bias takes them away and leaves winners about an eighth apart.
     """
-    x = torch.ones(9, 64, dtype=dtype)
+    x = torch.ones(1, 64, dtype=dtype)
     x[:, 0] = 32
-    w = torch.randint(0, 2, (4096, 64)).to(dtype)
-    w[:, 0] = 32
-    b_enc = torch.randint(-2048, 2049, (4096,)) / 8 - w.float() @ x[0].float()
-    check_same(run(x, w, b_enc, k=16), run(x, w, b_enc, k=16, exhaustive=True))
+    for _ in range(50):
+        w = torch.randint(0, 2, (4096, 64)).to(dtype)
+        w[:, 0] = 32
+        b_enc = torch.randint(-2048, 2049, (4096,)) / 8 - w.float() @ x[0].float()
+        check_same(run(x, w, b_enc, k=4), run(x, w, b_enc, k=4, exhaustive=True))
