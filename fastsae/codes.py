@@ -159,7 +159,11 @@ class SparseCodes:
         if offsets is None:
             offsets = torch.arange(self.n_tokens + 1, device=self.device) * self.values.shape[1]
         return torch.sparse_csr_tensor(
-            offsets, latents[order], self.values.reshape(-1)[order], size=(self.n_tokens, self.d_sae)
+            offsets,
+            latents[order],
+            self.values.reshape(-1)[order],
+            size=(self.n_tokens, self.d_sae),
+            check_invariants=False,
         )
 
     def l0(self) -> Tensor:

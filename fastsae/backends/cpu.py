@@ -34,19 +34,42 @@ def floats(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.to(torch.float32).contiguous()
 
 
-def _codes(indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None, int, int]:
+def _codes(indices: Tensor, offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor | None, int, int]:
+    """Contiguous indices and offsets, n_tokens and k.
+
+    A kernel that follows a wrong index or offset reads memory that is not its own, and SparseCodes may have been
+    changed since it was made. The check is a thousandth of the gather it guards.
+    """
+    if indices.dtype != torch.int32:
+        raise TypeError(f"indices has dtype {indices.dtype}: expected torch.int32")
     indices = indices.contiguous()
+    if not native.cpu.indices_within(address(indices), indices.numel(), d_sae):
+        low, high = int(indices.min()), int(indices.max())
+        raise ValueError(f"indices run from {low} to {high}: expected them in [0, {d_sae}) (d_sae = {d_sae})")
     if offsets is None:
         return indices, None, indices.shape[0], indices.shape[1]
+    if offsets.dtype != torch.int64:
+        raise TypeError(f"offsets has dtype {offsets.dtype}: expected torch.int64")
+    first, last, nnz = int(offsets[0]), int(offsets[-1]), indices.numel()
+    if first != 0 or last != nnz or (offsets.diff() < 0).any():
+        raise ValueError(
+            f"offsets run from {first} to {last}: expected from 0 to nnz = {nnz}, the number of indices, never falling"
+        )
     return indices, offsets.contiguous(), offsets.numel() - 1, 0
 
 
-def _check_indices(indices: Tensor, d_sae: int) -> None:
-    # A kernel that follows a wrong index reads memory that is not its own; the check is a thousandth of
-    # the gather it guards.
-    if not native.cpu.indices_within(address(indices), indices.numel(), d_sae):
-        low, high = int(indices.min()), int(indices.max())
-        raise ValueError(f"indices run from {low} to {high}, expected them in [0, {d_sae}) (d_sae = {d_sae})")
+def _values(values: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    if values.dtype != dtype or values.numel() != indices.numel():
+        raise TypeError(
+            f"values has dtype {values.dtype} and {values.numel()} entries: expected {dtype}, as its factor has, and "
+            f"{indices.numel()}, one for each index"
+        )
+    return values.contiguous()
+
+
+def _tokens_fit(name: str, tensor: Tensor, n_tokens: int) -> None:
+    if tensor.shape[0] != n_tokens:
+        raise ValueError(f"{name} has {tensor.shape[0]} rows: expected {n_tokens}, one for each token of the codes")
 
 
 def encode_topk(
@@ -63,9 +86,8 @@ def encode_topk(
 
 
 def decode(values: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tensor, b_dec: Tensor | None) -> Tensor:
-    values, w_dec, b_dec = values.contiguous(), rows_of(w_dec), floats(b_dec)
-    indices, offsets, n_tokens, k = _codes(indices, offsets)
-    _check_indices(indices, w_dec.shape[0])
+    values, w_dec, b_dec = _values(values, indices, w_dec.dtype), rows_of(w_dec), floats(b_dec)
+    indices, offsets, n_tokens, k = _codes(indices, offsets, w_dec.shape[0])
     y = w_dec.new_empty(n_tokens, w_dec.shape[1])
     native.cpu.decode(
         address(values), address(indices), address(offsets), n_tokens, k, address(w_dec), w_dec.stride(0),
@@ -82,9 +104,9 @@ def squared_error(
     b_dec: Tensor | None,
     target: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    values, w_dec, b_dec, target = values.contiguous(), rows_of(w_dec), floats(b_dec), rows_of(target)
-    indices, offsets, n_tokens, k = _codes(indices, offsets)
-    _check_indices(indices, w_dec.shape[0])
+    values, w_dec, b_dec, target = _values(values, indices, w_dec.dtype), rows_of(w_dec), floats(b_dec), rows_of(target)
+    indices, offsets, n_tokens, k = _codes(indices, offsets, w_dec.shape[0])
+    _tokens_fit("target", target, n_tokens)
     residual = target.new_empty(target.shape)
     squared = torch.empty(n_tokens, dtype=torch.float32)
     native.cpu.squared_error(
@@ -97,8 +119,8 @@ def squared_error(
 
 def sampled_dot(g: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tensor, row_scale: Tensor | None) -> Tensor:
     g, w_dec, row_scale = rows_of(g), rows_of(w_dec), floats(row_scale)
-    indices, offsets, n_tokens, k = _codes(indices, offsets)
-    _check_indices(indices, w_dec.shape[0])
+    indices, offsets, n_tokens, k = _codes(indices, offsets, w_dec.shape[0])
+    _tokens_fit("g", g, n_tokens)
     out = g.new_empty(indices.shape)
     native.cpu.sampled_dot(
         address(g), g.stride(0), address(indices), address(offsets), n_tokens, k, address(w_dec),
@@ -108,8 +130,7 @@ def sampled_dot(g: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tenso
 
 
 def transpose(indices: Tensor, offsets: Tensor | None, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    indices, offsets, n_tokens, k = _codes(indices, offsets)
-    _check_indices(indices, d_sae)
+    indices, offsets, n_tokens, k = _codes(indices, offsets, d_sae)
     latent_offsets = torch.empty(d_sae + 1, dtype=torch.int64)
     tokens = torch.empty(indices.numel(), dtype=torch.int32)
     entries = torch.empty(indices.numel(), dtype=torch.int64)
