@@ -44,7 +44,8 @@ def test_paths_exist(document):
     paths = re.findall(r"`((?:csrc|fastsae|tests|benchmarks|docs)/[\w./{},*-]+)`", text)
     patterns = [pattern for path in paths for pattern in expand(path)]
     missing = [pattern for pattern in patterns if not any(ROOT.glob(pattern.rstrip("/")))]
-    missing = [pattern for pattern in missing if pattern not in ("fastsae/_cpu",)]
+    # NAME stands for a primitive to come; the library has a suffix of its Python.
+    missing = [pattern for pattern in missing if "NAME" not in pattern and pattern != "fastsae/_cpu"]
     assert missing == []
 
 
