@@ -32,8 +32,13 @@ fastsae::Codes codes(Address indices, Address offsets, int64_t n_tokens, int64_t
 }
 fastsae::SelectionState state(Address lower, Address upper, Address indices, Address counts,
                               Address thresholds, Address redo, int64_t capacity) {
-  return {at<float>(lower),      at<float>(upper),   at<int32_t>(indices), at<int32_t>(counts),
-          at<float>(thresholds), at<uint8_t>(redo), capacity};
+  return {at<float>(lower),
+          at<float>(upper),
+          at<int32_t>(indices),
+          at<int32_t>(counts),
+          at<float>(thresholds),
+          at<uint8_t>(redo),
+          capacity};
 }
 
 }  // namespace
@@ -52,9 +57,8 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("max_threads", [] { return fastsae::max_threads(); });
 
-  m.def("advise_huge_pages", [](Address data, int64_t bytes) {
-    fastsae::advise_huge_pages(at<void>(data), bytes);
-  });
+  m.def("advise_huge_pages",
+        [](Address data, int64_t bytes) { fastsae::advise_huge_pages(at<void>(data), bytes); });
   m.def(
       "pack_rows",
       [](Address rows, int64_t stride, int dtype, Address shift, int64_t n, int64_t d,
@@ -117,8 +121,7 @@ PYBIND11_MODULE(_cpu, m) {
       "squared_error",
       [](Address values, Address indices, Address offsets, int64_t n, int64_t k, Address w_dec,
          int64_t w_stride, int dtype, int64_t d, Address b_dec, Address target,
-         int64_t target_stride, Address residual, int64_t residual_stride,
-         Address squared_error) {
+         int64_t target_stride, Address residual, int64_t residual_stride, Address squared_error) {
         fastsae::kernels().squared_error(
             at<const void>(values), codes(indices, offsets, n, k), matrix(w_dec, w_stride, dtype),
             d, at<const float>(b_dec), matrix(target, target_stride, dtype),
@@ -156,11 +159,10 @@ PYBIND11_MODULE(_cpu, m) {
         const fastsae::LatentMajor latent_major = {at<const int64_t>(latent_offsets),
                                                    at<const int32_t>(tokens),
                                                    at<const int64_t>(entries), d_sae};
-        fastsae::kernels().accumulate_rows(at<const void>(values), latent_major,
-                                           matrix(g, g_stride, dtype), d, at<const float>(shift),
-                                           at<const float>(row_scale),
-                                           mutable_matrix(out, out_stride, dtype),
-                                           at<void>(value_sums));
+        fastsae::kernels().accumulate_rows(
+            at<const void>(values), latent_major, matrix(g, g_stride, dtype), d,
+            at<const float>(shift), at<const float>(row_scale),
+            mutable_matrix(out, out_stride, dtype), at<void>(value_sums));
       },
       release_gil());
   m.def(
@@ -170,8 +172,8 @@ PYBIND11_MODULE(_cpu, m) {
          int64_t x_stride, Address b_dec, int64_t d_in, int64_t d_out, int dtype,
          std::array<Address, 3> w_enc, std::array<int64_t, 3> w_enc_strides,
          std::array<Address, 3> b_enc, std::array<Address, 3> w_dec,
-         std::array<int64_t, 3> w_dec_strides, double lr, double beta1,
-         double beta2, double eps, double weight_decay, int64_t step, bool unit_norm) {
+         std::array<int64_t, 3> w_dec_strides, double lr, double beta1, double beta2, double eps,
+         double weight_decay, int64_t step, bool unit_norm) {
         const double correction1 = 1 - std::pow(beta1, static_cast<double>(step));
         const double correction2 = 1 - std::pow(beta2, static_cast<double>(step));
         fastsae::FusedUpdate update = {};

@@ -25,8 +25,8 @@ void accumulate_rows_as(const T* values, LatentMajor codes, Matrix g, int64_t d,
       if (codes.offsets[f] == codes.offsets[f + 1]) {
         std::memset(to, 0, static_cast<size_t>(d) * sizeof(T));
       } else {
-        value_sum = accumulate_latent(values, codes, f, g, d, shift, row_scale, total.get(),
-                                      partial.get());
+        value_sum =
+            accumulate_latent(values, codes, f, g, d, shift, row_scale, total.get(), partial.get());
         write_row(total.get(), d, to);
       }
       if (value_sums) assign(value_sums[f], value_sum);

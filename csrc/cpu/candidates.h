@@ -1,5 +1,5 @@
-// What a screen keeps of a row: the latents that could still be among the k largest, each with the interval
-// that holds its pre-activation, and the threshold below which nothing can win.
+// What a screen keeps of a row: the latents that could still be among the k largest, each with the
+// interval that holds its pre-activation, and the threshold below which nothing can win.
 #pragma once
 
 #include <algorithm>
@@ -36,11 +36,12 @@ int64_t count_at_least(const float* values, int64_t count, float bound) {
   return found;
 }
 
-// One of `values` that at least k of them reach, at or just below the k-th largest; `floor` if fewer than k reach
-// that, -inf if fewer than k are above it. `floor`, or -inf, is where the search starts: k latents of the row are
-// known to reach it, which need not be among `values` yet. Bisection, 16 passes over a few cache lines, where
-// nth_element spent ten times as long on branches that cannot be predicted; any such value is a valid
-// threshold, a closer one only prunes more.
+// One of `values` that at least k of them reach, at or just below the k-th largest; `floor` if
+// fewer than k reach that, -inf if fewer than k are above it. `floor`, or -inf, is where the search
+// starts: k latents of the row are known to reach it, which need not be among `values` yet.
+// Bisection, 16 passes over a few cache lines, where nth_element spent ten times as long on
+// branches that cannot be predicted; any such value is a valid threshold, a closer one only prunes
+// more.
 float kth_largest_or_less(const float* values, int64_t count, int64_t k, float floor) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   F16 highest = broadcast(-kInf);
@@ -61,7 +62,8 @@ float kth_largest_or_less(const float* values, int64_t count, int64_t k, float f
     if (!(middle > low && middle < high)) break;
     (count_at_least(values, count, middle) >= k ? low : high) = middle;
   }
-  // No value lies between `low` and the least one that reaches it, so that one serves as well; ties end here.
+  // No value lies between `low` and the least one that reaches it, so that one serves as well; ties
+  // end here.
   float reached = kInf;
   for (j = 0; j < count; ++j)
     reached = values[j] >= low && values[j] < reached ? values[j] : reached;
@@ -94,8 +96,8 @@ struct Interval {
   F16 pre, error;
 };
 
-// A NaN at either end says nothing about the value: the interval then reaches down to -inf, and up past everything
-// (the compare in `select_row` lets a NaN pass).
+// A NaN at either end says nothing about the value: the interval then reaches down to -inf, and up
+// past everything (the compare in `select_row` lets a NaN pass).
 inline F16 lower_end(const Interval& lanes) {
   return max(sub(lanes.pre, lanes.error), broadcast(-std::numeric_limits<float>::infinity()));
 }

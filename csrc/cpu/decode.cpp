@@ -1,10 +1,10 @@
 // decode:        y_n = b_dec + sum_j v_nj W_dec[i_nj]
 // squared_error: r_n = y_n - target_n, and |r_n|^2, without y ever being written.
 //
-// Access: token-major. The rows of W_dec that a token names are gathered with prefetch (gather.h); the
-// running sum of a token stays in the first-level cache and is written once. A row of W_dec is read
-// once for each entry, so the floor is nnz rows at the rate of random row reads. Static schedule:
-// every token of a top-k code has the same number of entries.
+// Access: token-major. The rows of W_dec that a token names are gathered with prefetch (gather.h);
+// the running sum of a token stays in the first-level cache and is written once. A row of W_dec is
+// read once for each entry, so the floor is nnz rows at the rate of random row reads. Static
+// schedule: every token of a top-k code has the same number of entries.
 #include "fastsae/scratch.h"
 #include "gather.h"
 #include "isa_kernels.h"

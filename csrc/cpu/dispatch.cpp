@@ -5,9 +5,9 @@
 
 namespace fastsae {
 
-#define FASTSAE_DECLARE(isa)            \
-  namespace isa {                       \
-  extern const KernelTable table;       \
+#define FASTSAE_DECLARE(isa)      \
+  namespace isa {                 \
+  extern const KernelTable table; \
   }
 FASTSAE_DECLARE(portable)
 #ifdef FASTSAE_X86

@@ -53,7 +53,8 @@ inline void gathered_dots(const float* x, const T* rows, int64_t stride, int64_t
     const T* w[4];
     for (int64_t l = 0; l < 4; ++l) {
       w[l] = rows + static_cast<int64_t>(index(j + l)) * stride;
-      if (j + 4 + l < count) prefetch_row(rows + static_cast<int64_t>(index(j + 4 + l)) * stride, d);
+      if (j + 4 + l < count)
+        prefetch_row(rows + static_cast<int64_t>(index(j + 4 + l)) * stride, d);
     }
     dot4(x, w, d, out + j);
   }

@@ -1,11 +1,11 @@
 // encode_topk: the k largest of pre[n, f] = <x_n - b_dec, w_f> + b_enc[f], exactly.
 //
-// Screen and rescore. A GEMM of any kind (its caller's choice) gives scores s for a chunk of latents.
-// With the bound e >= |s - pre| of docs/maths.md, pre lies in [s - e, s + e]; a latent whose upper end
-// does not reach the k-th largest lower end of latents before it cannot be among the winners. The few
-// that remain are recomputed by the one defined dot product (dot.h) and ranked by (value, then lower
-// index). A row whose candidates do not fit, or that holds inf, is redone over all latents with
-// the defined dot product: slower, never wrong.
+// Screen and rescore. A GEMM of any kind (its caller's choice) gives scores s for a chunk of
+// latents. With the bound e >= |s - pre| of docs/maths.md, pre lies in [s - e, s + e]; a latent
+// whose upper end does not reach the k-th largest lower end of latents before it cannot be among
+// the winners. The few that remain are recomputed by the one defined dot product (dot.h) and ranked
+// by (value, then lower index). A row whose candidates do not fit, or that holds inf, is redone
+// over all latents with the defined dot product: slower, never wrong.
 //
 // Access: a chunk of scores is read once, row by row, while it is still in cache; the bounds of a
 // chunk (two floats a latent) stay in the first-level cache. Per 16 scores: four loads, four fused
@@ -36,8 +36,8 @@ inline Interval interval(const RowBounds& row, const Score* score, const float* 
   return {pre, error};
 }
 
-// Adding the bias rounds twice, once to the score and once to the value, and the ends of an interval round
-// again: each by at most 2^-24 of what is about |pre|.
+// Adding the bias rounds twice, once to the score and once to the value, and the ends of an
+// interval round again: each by at most 2^-24 of what is about |pre|.
 constexpr float kBiasRounding = 0x1p-21f;
 constexpr int64_t kMostFirstLatents = 1024;
 
@@ -50,9 +50,9 @@ void select_row(const Score* scores, int64_t n, int64_t f_begin, int64_t f_count
   // A row of zeros is multiplied without error; a bound of exactly zero lets its ties be decided
   // here (by index) where any slack would keep every latent.
   const bool exact = a == 0.0f && b == 0.0f;
-  const RowBounds row = {broadcast(a), broadcast(b), broadcast(exact ? 0.0f : bounds.score_rounding),
-                         broadcast(exact ? 0.0f : kBiasRounding),
-                         broadcast(exact ? 0.0f : bounds.absolute)};
+  const RowBounds row = {
+      broadcast(a), broadcast(b), broadcast(exact ? 0.0f : bounds.score_rounding),
+      broadcast(exact ? 0.0f : kBiasRounding), broadcast(exact ? 0.0f : bounds.absolute)};
   const float* alpha = bounds.latent_norm;
   const float* beta = bounds.latent_residual;
   const float* bias = kBias ? b_enc + f_begin : nullptr;
@@ -65,13 +65,15 @@ void select_row(const Score* scores, int64_t n, int64_t f_begin, int64_t f_count
   int64_t f = 0;
   bool fits = true;
   if (c.count == 0 && f_count >= k + kLanes && f_count <= kMostFirstLatents) {
-    // The first chunk sets the threshold before it is scanned: appending and pruning all of it took five times
-    // as long. Ties at the threshold are safe, k of this chunk reach it and a tie is not below it.
+    // The first chunk sets the threshold before it is scanned: appending and pruning all of it took
+    // five times as long. Ties at the threshold are safe, k of this chunk reach it and a tie is not
+    // below it.
     float lowers[kMostFirstLatents];
     const int64_t whole = f_count / kLanes * kLanes;
     for (int64_t i = 0; i < whole; i += kLanes)
       store(lowers + i, lower_end(interval<kBias>(row, scores + i, bias + i, alpha + i, beta + i)));
-    const float first = kth_largest_or_less(lowers, whole, k, -std::numeric_limits<float>::infinity());
+    const float first =
+        kth_largest_or_less(lowers, whole, k, -std::numeric_limits<float>::infinity());
     c.threshold = std::nextafter(first, -std::numeric_limits<float>::infinity());
   }
   for (; fits && f + kLanes <= f_count; f += kLanes)
@@ -119,18 +121,20 @@ void select_row_exactly(const float* x, const T* w, int64_t stride, const float*
       count = k;
     }
     for (int64_t j = 0; j < block; ++j)
-      keys[count++] = make_key(b_enc ? dots[j] + b_enc[f + j] : dots[j], static_cast<int32_t>(f + j));
+      keys[count++] =
+          make_key(b_enc ? dots[j] + b_enc[f + j] : dots[j], static_cast<int32_t>(f + j));
   }
   write_best(keys, count, k, values, indices);
 }
 
-// The defined dot product of the candidates, first of k whose intervals lie highest; then, of the others,
-// only those that could still reach the least value found. Returns how many keys were made.
+// The defined dot product of the candidates, first of k whose intervals lie highest; then, of the
+// others, only those that could still reach the least value found. Returns how many keys were made.
 template <typename T>
 int64_t rescore(Candidates& c, const float* x, const T* w, int64_t stride, const float* b_enc,
                 int64_t d, int64_t k, float* scratch, Key* keys) {
   for (int64_t j = 0; j < c.count; ++j) scratch[j] = 0.5f * c.lower[j] + 0.5f * c.upper[j];
-  const float high = kth_largest_or_less(scratch, c.count, k, -std::numeric_limits<float>::infinity());
+  const float high =
+      kth_largest_or_less(scratch, c.count, k, -std::numeric_limits<float>::infinity());
   int64_t first = 0;
   for (int64_t j = 0; j < c.count; ++j) {
     if (!(scratch[j] >= high)) continue;
@@ -140,8 +144,8 @@ int64_t rescore(Candidates& c, const float* x, const T* w, int64_t stride, const
     ++first;
   }
   const auto values_of = [&](int64_t begin, int64_t end) {
-    gathered_dots(x, w, stride, d, end - begin, [&](int64_t j) { return c.index[begin + j]; },
-                  scratch);
+    gathered_dots(
+        x, w, stride, d, end - begin, [&](int64_t j) { return c.index[begin + j]; }, scratch);
     for (int64_t j = begin; j < end; ++j) {
       const float dot = scratch[j - begin];
       keys[j] = make_key(b_enc ? dot + b_enc[c.index[j]] : dot, c.index[j]);
@@ -198,14 +202,15 @@ void finish_rows(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc,
       }
       Candidates c = candidates_of(state, n);
       prune(c, k);
-      const int64_t count = rescore(c, row.get(), w, w_enc.stride, b_enc, d, k, scratch.get(), keys.get());
+      const int64_t count =
+          rescore(c, row.get(), w, w_enc.stride, b_enc, d, k, scratch.get(), keys.get());
       write_best(keys.get(), count, k, out, out_index);
     }
   }
 }
 
-// Selection among relu(pre): what is positive (or NaN) stands first already; the places left go to zeros,
-// of which the lowest indices win. No pre-activation is needed for that.
+// Selection among relu(pre): what is positive (or NaN) stands first already; the places left go to
+// zeros, of which the lowest indices win. No pre-activation is needed for that.
 template <typename T>
 void relu_first_as(T* values, int32_t* indices, int64_t n_rows, int64_t k) {
 #pragma omp parallel
@@ -255,7 +260,8 @@ void select_finish(Matrix x, const float* b_dec, Matrix w_enc, const float* b_en
                    int64_t d, int64_t d_sae, int64_t k, SelectionState state, void* values,
                    int32_t* indices) {
   if (x.dtype == DType::float32)
-    finish_rows(x, b_dec, w_enc, b_enc, n, d, d_sae, k, state, static_cast<float*>(values), indices);
+    finish_rows(x, b_dec, w_enc, b_enc, n, d, d_sae, k, state, static_cast<float*>(values),
+                indices);
   else
     finish_rows(x, b_dec, w_enc, b_enc, n, d, d_sae, k, state, static_cast<bfloat16*>(values),
                 indices);

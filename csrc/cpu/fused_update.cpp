@@ -1,14 +1,15 @@
 // fused_update: for every latent f, both weights' gradients and their Adam step in one pass,
 //   G_dec = sum_e c_t v_e g_t             G_enc = sum_e u_e (x_t - b_dec)       G_b = sum_e u_e
 //   G_dec -= (<G_dec, w> / <w, w>) w      where the decoder keeps unit norm
-//   m <- m + (1 - beta1)(G - m),  s <- beta2 s + (1 - beta2) G^2,  p <- p - a m / (sqrt(s) / b + eps)
-//   W_dec[f] <- W_dec[f] / |W_dec[f]|
-// with v the codes' values, u the gradient of them, a = lr / (1 - beta1^t), b = sqrt(1 - beta2^t), as
-// torch.optim.Adam computes it.
+//   m <- m + (1 - beta1)(G - m),  s <- beta2 s + (1 - beta2) G^2,  p <- p - a m / (sqrt(s) / b +
+//   eps) W_dec[f] <- W_dec[f] / |W_dec[f]|
+// with v the codes' values, u the gradient of them, a = lr / (1 - beta1^t), b = sqrt(1 - beta2^t),
+// as torch.optim.Adam computes it.
 //
-// Access: latent-major. A gradient row lives in the first-level cache from its sum to its use, so no gradient
-// tensor exists; each parameter and state row is read and written once (28 bytes a parameter in float32
-// fall to 24), which is the floor for rows that no token names, the great majority.
+// Access: latent-major. A gradient row lives in the first-level cache from its sum to its use, so
+// no gradient tensor exists; each parameter and state row is read and written once (28 bytes a
+// parameter in float32 fall to 24), which is the floor for rows that no token names, the great
+// majority.
 #include <cmath>
 
 #include "accumulate.h"

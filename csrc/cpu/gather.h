@@ -1,7 +1,8 @@
 // out[d] (+)= sum_j weight(j) * (rows[index(j)][d] - shift[d]), in the order of j, as one chain of
-// fused multiply-adds for each d. Four rows are taken at a time so that the running sum, which lives
-// in the first-level cache, is loaded and stored once for four rows; the next four are prefetched
-// (the rows lie anywhere in a matrix of tens of megabytes, where hardware prefetch cannot guess).
+// fused multiply-adds for each d. Four rows are taken at a time so that the running sum, which
+// lives in the first-level cache, is loaded and stored once for four rows; the next four are
+// prefetched (the rows lie anywhere in a matrix of tens of megabytes, where hardware prefetch
+// cannot guess).
 #pragma once
 
 #include "fastsae/simd.h"
@@ -58,7 +59,8 @@ inline void add_weighted_rows(const T* rows, int64_t stride, int64_t d, const fl
     for (int64_t l = 0; l < 4; ++l) {
       w[l] = weight(j + l);
       row[l] = rows + static_cast<int64_t>(index(j + l)) * stride;
-      if (j + 4 + l < count) prefetch_row(rows + static_cast<int64_t>(index(j + 4 + l)) * stride, d);
+      if (j + 4 + l < count)
+        prefetch_row(rows + static_cast<int64_t>(index(j + 4 + l)) * stride, d);
     }
     add_four_rows<kShifted>(w, row, shift, d, out);
   }

@@ -1,4 +1,5 @@
-// The kernels of one instruction set, as one table. Every function states its maths in its own file.
+// The kernels of one instruction set, as one table. Every function states its maths in its own
+// file.
 #pragma once
 
 #include "fastsae/abi.h"

@@ -1,6 +1,8 @@
-// pack_rows: rows (less a shift) in the dtype of a screen, with upper bounds of |row| and |row - packed row|.
+// pack_rows: rows (less a shift) in the dtype of a screen, with upper bounds of |row| and |row -
+// packed row|.
 //
-// Access: each row is read once, widened to float32 in the first-level cache, and written once in the narrower dtype.
+// Access: each row is read once, widened to float32 in the first-level cache, and written once in
+// the narrower dtype.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -19,7 +21,8 @@ float norm_above(float sum_of_squares, int64_t d) {
   if (sum_of_squares != sum_of_squares) return std::numeric_limits<float>::infinity();
   const double slack = 1.0 + 6.0e-8 * (static_cast<double>(d) / 16 + 16);
   return static_cast<float>((std::sqrt(static_cast<double>(sum_of_squares)) * slack +
-                             std::sqrt(static_cast<double>(d)) * 0x1p-63) * (1.0 + 0x1p-22));
+                             std::sqrt(static_cast<double>(d)) * 0x1p-63) *
+                            (1.0 + 0x1p-22));
 }
 
 template <typename T, typename Packed>

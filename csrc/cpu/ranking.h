@@ -23,8 +23,10 @@ inline Key make_key(float value, int32_t index) {
   uint32_t bits;
   value += 0.0f;
   std::memcpy(&bits, &value, sizeof(bits));
-  if (value != value) bits = 0xffffffffu;
-  else bits = (bits & 0x80000000u) ? ~bits : (bits | 0x80000000u);
+  if (value != value)
+    bits = 0xffffffffu;
+  else
+    bits = (bits & 0x80000000u) ? ~bits : (bits | 0x80000000u);
   return {(static_cast<uint64_t>(bits) << 32) | (0xffffffffu - static_cast<uint32_t>(index))};
 }
 inline int32_t key_index(Key key) {

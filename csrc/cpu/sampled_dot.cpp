@@ -1,7 +1,9 @@
-// sampled_dot: out_nj = c_n <g_n, W_dec[i_nj]>, the defined dot product of dot.h, c_n = 1 by default.
+// sampled_dot: out_nj = c_n <g_n, W_dec[i_nj]>, the defined dot product of dot.h, c_n = 1 by
+// default.
 //
-// Access: token-major, like decode. g_n is widened to float32 once a row and stays in the first-level
-// cache; each named row of W_dec is read once, four at a time, the next four prefetched.
+// Access: token-major, like decode. g_n is widened to float32 once a row and stays in the
+// first-level cache; each named row of W_dec is read once, four at a time, the next four
+// prefetched.
 #include "dot.h"
 #include "fastsae/scratch.h"
 #include "isa_kernels.h"
@@ -25,8 +27,9 @@ void sampled_dot_as(Matrix g, Codes codes, Matrix w_dec, int64_t d, const float*
       const int64_t end = codes.begin(n + 1);
       for (int64_t at = codes.begin(n); at < end; at += kBlock) {
         const int64_t count = end - at < kBlock ? end - at : kBlock;
-        gathered_dots(row.get(), static_cast<const T*>(w_dec.data), w_dec.stride, d, count,
-                      [&](int64_t j) { return codes.indices[at + j]; }, dots);
+        gathered_dots(
+            row.get(), static_cast<const T*>(w_dec.data), w_dec.stride, d, count,
+            [&](int64_t j) { return codes.indices[at + j]; }, dots);
         for (int64_t j = 0; j < count; ++j) assign(out[at + j], scale * dots[j]);
       }
     }

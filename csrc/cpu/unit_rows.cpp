@@ -1,5 +1,6 @@
 // normalize_rows: w_f <- w_f / max(|w_f|, eps)
-// project_rows:   g_f <- g_f - (<g_f, w_f> / <w_f, w_f>) w_f, the part of a gradient that would change a norm
+// project_rows:   g_f <- g_f - (<g_f, w_f> / <w_f, w_f>) w_f, the part of a gradient that would
+// change a norm
 //
 // Access: each row is read into cache once and written once, in place; both are bound by memory.
 #include <cmath>

@@ -51,8 +51,9 @@ struct ScreenBounds {
   float absolute;                // underflow
 };
 
-// Running state of a block of rows: up to `capacity` candidates a row, each with the two ends of the
-// interval that holds its pre-activation. A row whose `redo` is not zero takes no part in the screen.
+// Running state of a block of rows: up to `capacity` candidates a row, each with the two ends of
+// the interval that holds its pre-activation. A row whose `redo` is not zero takes no part in the
+// screen.
 enum Redo : uint8_t {
   kScreened = 0,
   kExhaustive = 1,  // holds inf or NaN, or screening was not worth it

@@ -13,7 +13,8 @@ template <typename T>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(static_cast<T*>(std::malloc(static_cast<size_t>(count > 0 ? count : 1) * sizeof(T)))) {
+      : data_(
+            static_cast<T*>(std::malloc(static_cast<size_t>(count > 0 ? count : 1) * sizeof(T)))) {
     if (!data_) std::abort();
   }
   ~Scratch() { std::free(data_); }

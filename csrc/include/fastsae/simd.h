@@ -14,7 +14,8 @@
 #include "fastsae/abi.h"
 
 #ifndef FASTSAE_ISA
-#error "FASTSAE_ISA names the namespace of this instruction set: portable, avx2, avx512, avx512_bf16"
+#error \
+    "FASTSAE_ISA names the namespace of this instruction set: portable, avx2, avx512, avx512_bf16"
 #endif
 
 namespace fastsae {
@@ -65,14 +66,12 @@ inline F16 abs(F16 a) { return {_mm512_abs_ps(a.v)}; }
 inline F16 div(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F16 sqrt(F16 a) { return {_mm512_sqrt_ps(a.v)}; }
 // Bit l is set where !(a <= b), so that a NaN on either side counts as greater.
-inline uint32_t not_less_equal(F16 a, F16 b) {
-  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ);
-}
+inline uint32_t not_less_equal(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ); }
 inline uint32_t greater_equal(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 // a > b ? a : b, so that a NaN in a gives b.
 inline F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
-// The lanes of `mask`, packed to the front; sixteen places are written. Compressing in a register and storing it
-// whole: the store that compresses by itself is microcoded on Zen 4.
+// The lanes of `mask`, packed to the front; sixteen places are written. Compressing in a register
+// and storing it whole: the store that compresses by itself is microcoded on Zen 4.
 inline void store_packed(float* p, F16 a, uint32_t mask) {
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), a.v));
 }
@@ -85,8 +84,7 @@ inline void store_packed_numbers(int32_t* p, int32_t first, uint32_t mask) {
 inline void store(bfloat16* p, F16 a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
   const __m512i high = _mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16);
@@ -169,11 +167,11 @@ inline F16 fma(const F16& a, const F16& b, const F16& c) {
   for (int64_t l = 0; l < kLanes; ++l) r.v[l] = std::fma(a.v[l], b.v[l], c.v[l]);
   return r;
 }
-#define FASTSAE_LANEWISE(name, expression)                             \
-  inline F16 name(const F16& a, const F16& b) {                        \
-    F16 r;                                                             \
-    for (int64_t l = 0; l < kLanes; ++l) r.v[l] = (expression);        \
-    return r;                                                          \
+#define FASTSAE_LANEWISE(name, expression)                      \
+  inline F16 name(const F16& a, const F16& b) {                 \
+    F16 r;                                                      \
+    for (int64_t l = 0; l < kLanes; ++l) r.v[l] = (expression); \
+    return r;                                                   \
   }
 FASTSAE_LANEWISE(add, a.v[l] + b.v[l])
 FASTSAE_LANEWISE(sub, a.v[l] - b.v[l])
