@@ -31,6 +31,14 @@ def decode(values: Tensor, W_dec: Tensor, b_dec: Tensor, places: Tensor) -> Tens
     return functional.embedding_bag(places, W_dec, per_sample_weights=values, mode="sum") + b_dec
 
 
+def residual(values: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, places: Tensor) -> Tensor:
+    return decode(values, W_dec, b_dec, places) - x
+
+
+def squared_norms(rows: Tensor) -> Tensor:
+    return rows.square().sum(dim=1)
+
+
 def sampled_dot(g: Tensor, W_dec: Tensor, places: Tensor) -> Tensor:
     return (g @ W_dec.T).gather(1, places)
 

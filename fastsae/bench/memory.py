@@ -32,7 +32,7 @@ class Unmeasured(RuntimeError):
 def peak_memory(
     shape: Shape, dtype: str, implementation: str, *, inputs: str = "mixture", train: bool = True
 ) -> dict[str, int]:
-    """Peak bytes by phase (encode, decode and, if `train`, forward and step) in a process of its own.
+    """Peak bytes by phase (encode, decode and, if `train`, the step and its parts) in a process of its own.
 
     Raises Unmeasured where the system keeps no peak that can be reset, or when the child fails (out of memory).
     """
@@ -63,17 +63,22 @@ def _status(field: str) -> int:
     raise Unmeasured(f"/proc/self/status has no {field}")
 
 
+def _reset_peak() -> int:
+    """Lets the system count the peak anew; resident memory now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError as error:
+        raise Unmeasured(f"this system resets no peak of resident memory ({error})") from error
+
+
 def _peak_of(run: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:
     """Bytes by which `run` raises resident memory at its worst; `prepare` comes before the memory is noted."""
     for _ in range(_WARM_UPS):
         prepare()
         run()
     prepare()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-    except OSError as error:
-        raise Unmeasured(f"this system resets no peak of resident memory ({error})") from error
+    before = _reset_peak()
     result = run()
     after = _status("VmHWM")
     del result
@@ -82,17 +87,30 @@ def _peak_of(run: Callable[[], object], prepare: Callable[[], object] = lambda: 
 
 def measure_here(problem: Problem, implementation: Implementation, train: bool) -> dict[str, int]:
     """`peak_memory` of this process, which should have been started for it."""
-    sae, x = problem.sae, problem.x
     peaks: dict[str, int] = {}
     if not implementation.trains_only:
         peaks |= _inference_peaks(problem, implementation)
     if train:
         peaks["step"] = _peak_of(lambda: list(implementation.step(problem)))
     if train and not implementation.trains_only:
-        # Gradients are gone when a step's forward runs and could hide what it takes: noted without them, too.
-        peaks["forward"] = _peak_of(
-            lambda: implementation.loss(sae, x), lambda: problem.optimizer.zero_grad(set_to_none=True)
-        )
+        peaks |= _part_peaks(problem, implementation)
+    return peaks
+
+
+def _part_peaks(problem: Problem, implementation: Implementation) -> dict[str, int]:
+    """Of a step's parts. A forward has no gradients beside it: their absence would hide what it takes, so it is
+    counted from memory without them, backward and update from memory with them."""
+    peaks, before = {}, _reset_peak()
+    parts = implementation.step(problem)
+    next(parts)
+    for _ in range(2):
+        _reset_peak()
+        peaks[next(parts)] = max(0, _status("VmHWM") - before)
+    parts.close()
+    peaks["forward"] = _peak_of(
+        lambda: implementation.loss(problem.sae, problem.x),
+        lambda: problem.optimizer.zero_grad(set_to_none=True),
+    )
     return peaks
 
 

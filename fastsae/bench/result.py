@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fastsae.saes.files import _replace
+from fastsae.training.durable import replace_file
 
 SCHEMA = "fastsae-bench/1"
 
@@ -101,7 +101,7 @@ def save_result(result: Result, path: str | os.PathLike) -> None:
     """Writes a result beside `path`, syncs it and renames it, so that a crash leaves no half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, lambda temporary: Path(temporary).write_text(to_json(result)))
+    replace_file(path, to_json(result).encode())
 
 
 def load_result(path: str | os.PathLike) -> Result:

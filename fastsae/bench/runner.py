@@ -1,5 +1,6 @@
 """One shape from the gate to the numbers."""
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -77,6 +78,7 @@ def _measure(shape: Shape, dtype: str, inputs: str, rounds: int, progress: Calla
     measurement.rows = _rows(timed, samples)
     # Children measure memory: what this process holds would be in their way.
     del problem, timed
+    gc.collect()
     for implementation in chosen:
         progress(f"peak memory of {implementation.name}")
         _add_memory(measurement, shape, implementation, train)

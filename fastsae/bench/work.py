@@ -7,7 +7,8 @@ from fastsae.bench.shapes import Shape
 # Adam reads parameter, gradient and two moments and writes three of them, all of the parameter's width; projecting
 # reads W_dec and its gradient and writes that; normalising reads and writes W_dec.
 _ADAM_ACCESSES = 7
-_PROJECT_AND_NORMALIZE_ACCESSES = 5
+_PROJECT_ACCESSES = 3
+_NORMALIZE_ACCESSES = 2
 _INDEX = 4
 
 
@@ -39,6 +40,11 @@ def decode(shape: Shape, itemsize: int) -> Work:
     return Work(bytes=rows * shape.d_in * itemsize + shape.nnz * (itemsize + _INDEX))
 
 
+def squared_error(shape: Shape, itemsize: int) -> Work:
+    """What decode moves, and the target's rows."""
+    return Work(bytes=decode(shape, itemsize).bytes + shape.n_tokens * shape.d_in * itemsize)
+
+
 # One row of g a token is read instead of one of y written, a value an entry written instead of read.
 sampled_dot = decode
 
@@ -54,9 +60,23 @@ def transpose(shape: Shape) -> Work:
     return Work(bytes=shape.nnz * (_INDEX + 4 + 8) + 8 * (shape.d_sae + 1))
 
 
+def project_rows(shape: Shape, itemsize: int) -> Work:
+    return Work(bytes=_PROJECT_ACCESSES * shape.d_in * shape.d_sae * itemsize)
+
+
+def normalize_rows(shape: Shape, itemsize: int) -> Work:
+    return Work(bytes=_NORMALIZE_ACCESSES * shape.d_in * shape.d_sae * itemsize)
+
+
 def update(shape: Shape, itemsize: int) -> Work:
-    entries = _ADAM_ACCESSES * shape.parameters + _PROJECT_AND_NORMALIZE_ACCESSES * shape.d_in * shape.d_sae
-    return Work(bytes=entries * itemsize)
+    adam = _ADAM_ACCESSES * shape.parameters * itemsize
+    return Work(bytes=adam + project_rows(shape, itemsize).bytes + normalize_rows(shape, itemsize).bytes)
+
+
+def sparse_backward(shape: Shape, itemsize: int) -> Work:
+    """The gradients of the values, of W_dec and of W_enc, and one transposition for both."""
+    weights = 2 * (accumulate_rows(shape, itemsize).bytes - transpose(shape).bytes)
+    return Work(bytes=sampled_dot(shape, itemsize).bytes + weights + transpose(shape).bytes)
 
 
 def sparse_phases(shape: Shape, itemsize: int) -> dict[str, Work]:
@@ -66,7 +86,7 @@ def sparse_phases(shape: Shape, itemsize: int) -> dict[str, Work]:
         "encode": gemm(shape),
         "decode": decode(shape, itemsize),
         "forward": Work(flops=one + gathers(shape, 1)),
-        "backward": Work(flops=gathers(shape, 3)),
+        "backward": sparse_backward(shape, itemsize),
         "update": update(shape, itemsize),
         "step": Work(flops=one + gathers(shape, 4)),
     }
