@@ -191,3 +191,30 @@ def test_a_bias_that_cancels_a_rounded_score(native, screen, dtype):
         w[:, 0] = 32
         b_enc = torch.randint(-2048, 2049, (4096,)) / 8 - w.float() @ x[0].float()
         check_same(run(x, w, b_enc, k=4), run(x, w, b_enc, k=4, exhaustive=True))
+
+
+@pytest.mark.parametrize("rounded", ["x", "w_enc"])
+def test_what_bfloat16_loses_may_all_point_one_way(native, paths, rounded):
+    """Cauchy-Schwarz attained: what rounding takes from every entry adds up, for 8 latents up, for 60 down.
+
+    Signs are balanced, so that scores are small and lose nothing themselves. The last dimension sets the 60 nine
+    tenths of what is lost above the 8: the screen sees them in the wrong order, and all within its bounds.
+    """
+    d_in, lost = 65, 0.0019
+    signs = torch.ones(d_in).index_fill(0, torch.arange(0, d_in - 1, 2), -1)
+    rises = torch.full((300, 1), -1.0)
+    rises[50:58] = 1
+    if rounded == "x":
+        x, w_enc = (1 + lost * signs)[None], rises * signs
+    else:
+        x, w_enc = torch.ones(1, d_in), signs + rises * lost
+    x[:, -1] = 1
+    w_enc[:, -1] = -10
+    w_enc[50:118, -1] = torch.where(rises[50:118, 0] > 0, 0, 2 * 0.9 * lost * (d_in - 1))
+    w_enc[50:118, -1] += 1e-4 * torch.rand(68)
+    values, indices = run(x, w_enc, dtype=torch.bfloat16)
+    assert paths == {("bfloat16", "screened"): 1}
+    assert indices.sort().values.tolist() == [list(range(50, 58))]
+    check_same((values, indices), run(x, w_enc, exhaustive=True))
+    by_screen = (x.bfloat16() @ w_enc.bfloat16().T).topk(8).indices
+    assert not torch.isin(by_screen, torch.arange(50, 58)).any()
