@@ -1,4 +1,4 @@
-// decode:        y_n = b_dec + sum_j v_nj W_dec[i_nj]
+// decode:        y_n = sum_j v_nj W_dec[i_nj] + b_dec
 // squared_error: r_n = y_n - target_n, and |r_n|^2, without y ever being written.
 //
 // Access: token-major. The rows of W_dec that a token names are gathered with prefetch (gather.h);
@@ -13,14 +13,17 @@ namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
 
+// b_dec is added last: a chain that starts from it rounds at its magnitude in every step.
 template <typename T>
 void decode_row(const T* values, const Codes& codes, int64_t n, const T* w, int64_t stride,
                 int64_t d, const float* b_dec, float* sum) {
   const int64_t begin = codes.begin(n), count = codes.begin(n + 1) - begin;
-  for (int64_t i = 0; i < d; ++i) sum[i] = b_dec ? b_dec[i] : 0.0f;
+  std::memset(sum, 0, static_cast<size_t>(d) * sizeof(float));
   add_weighted_rows<false>(
       w, stride, d, nullptr, count, [&](int64_t j) { return to_float(values[begin + j]); },
       [&](int64_t j) { return codes.indices[begin + j]; }, sum);
+  if (!b_dec) return;
+  for (int64_t i = 0; i < d; ++i) sum[i] += b_dec[i];
 }
 
 template <typename T>
