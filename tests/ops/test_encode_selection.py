@@ -229,3 +229,13 @@ def test_raw_preactivations_are_kept_below_zero(backend):
     values, indices = encode_topk_op(torch.ones(1, 1), w_enc, None, None, 3, False)
     assert values.tolist() == [[-1.0, -2.0, -3.0]]
     assert indices.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("d_sae", [8, 600])
+def test_negative_zero_ties_with_zero(backend, d_sae):
+    """Products of -1e-60 vanish as -0; among equals the lower index wins all the same."""
+    w_enc = torch.zeros(d_sae, 16)
+    w_enc[::2] = -1e-30
+    values, indices = encode_topk_op(torch.full((1, 16), 1e-30), w_enc, None, None, 4, False)
+    assert indices.tolist() == [[0, 1, 2, 3]]
+    assert (values == 0).all()
