@@ -11,6 +11,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fastsae.saes.registry import ARCHITECTURES
+
 if TYPE_CHECKING:
     from fastsae.saes.base import SAE
 
@@ -79,12 +81,6 @@ def _file_config(sae: "SAE") -> dict[str, Any]:
     }
 
 
-def _architectures() -> dict[str, type["SAE"]]:
-    from fastsae.saes.topk import TopKSAE
-
-    return {cls.architecture: cls for cls in (TopKSAE,)}
-
-
 def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> "SAE":
     """The SAE that `save_pretrained` wrote into a folder, in the dtype it was written in, on `device`, in eval mode.
 
@@ -114,17 +110,16 @@ def _build(config_path: Path) -> "SAE":
     except ValueError as error:
         raise ValueError(f"{config_path} is not a readable config ({error}); write it anew") from error
     name = config.pop("architecture", None)
-    known = _architectures()
-    if name not in known:
-        raise ValueError(f"{config_path}: architecture = {name!r}: expected one of {', '.join(known)}")
+    if name not in ARCHITECTURES:
+        raise ValueError(f"{config_path}: architecture = {name!r}: expected one of {', '.join(ARCHITECTURES)}")
     config.pop("fastsae_version", None)
     dtype = getattr(torch, str(config.pop("dtype", "float32")), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"{config_path}: dtype is not one of float16, bfloat16, float32, float64")
     try:
-        return known[name](**config, device="meta", dtype=dtype)
+        return ARCHITECTURES[name](**config, device="meta", dtype=dtype)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{config_path} does not describe a {known[name].__name__}: {error}") from error
+        raise ValueError(f"{config_path} does not describe a {ARCHITECTURES[name].__name__}: {error}") from error
 
 
 def _read(weights_path: Path, device: str, sae: "SAE") -> dict[str, torch.Tensor]:

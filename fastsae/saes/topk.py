@@ -10,8 +10,10 @@ from fastsae.codes import SparseCodes
 from fastsae.ops import encode_topk, sampled_dot, squared_error
 from fastsae.ops.encode import sum_of_rows
 from fastsae.saes.base import SAE, SAELoss, _one_of
+from fastsae.saes.registry import register
 
 
+@register
 class TopKSAE(SAE):
     """The TopK sparse autoencoder of Gao et al. 2024, "Scaling and evaluating sparse autoencoders".
 
