@@ -70,9 +70,8 @@ def squared_error(problem: Problem) -> str:
     codes, x = problem.codes.rows(problem.sample), problem.x[problem.sample]
     W_dec, b_dec = _detached(problem.sae.W_dec, problem.sae.b_dec)
     latents, places = codes.indices.unique(return_inverse=True)
-    residual, squared = ops.squared_error(codes, W_dec, b_dec, x)
-    assert_accurate(residual, exact.residual, codes.values, W_dec[latents], b_dec, x, places)
-    assert_accurate(squared, exact.squared_norms, residual)
+    found = ops.squared_error(codes, W_dec, b_dec, x)
+    assert_accurate(found, exact.squared_error, codes.values, W_dec[latents], b_dec, x, places)
     return f"{codes.n_tokens} tokens against float64"
 
 

@@ -31,12 +31,10 @@ def decode(values: Tensor, W_dec: Tensor, b_dec: Tensor, places: Tensor) -> Tens
     return functional.embedding_bag(places, W_dec, per_sample_weights=values, mode="sum") + b_dec
 
 
-def residual(values: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, places: Tensor) -> Tensor:
-    return decode(values, W_dec, b_dec, places) - x
-
-
-def squared_norms(rows: Tensor) -> Tensor:
-    return rows.square().sum(dim=1)
+def squared_error(values: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Residuals, and their squared norms."""
+    residual = decode(values, W_dec, b_dec, places) - x
+    return residual, residual.square().sum(dim=1)
 
 
 def sampled_dot(g: Tensor, W_dec: Tensor, places: Tensor) -> Tensor:

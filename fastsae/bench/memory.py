@@ -105,7 +105,8 @@ def _part_peaks(problem: Problem, implementation: Implementation) -> dict[str, i
     next(parts)
     for _ in range(2):
         _reset_peak()
-        peaks[next(parts)] = max(0, _status("VmHWM") - before)
+        part = next(parts)
+        peaks[part] = max(0, _status("VmHWM") - before)
     parts.close()
     peaks["forward"] = _peak_of(
         lambda: implementation.loss(problem.sae, problem.x),

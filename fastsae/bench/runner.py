@@ -7,9 +7,10 @@ from datetime import datetime, timezone
 
 import torch
 
-from fastsae.bench import cases, gate, machine, memory, targets, timing
+from fastsae.bench import cases, gate, machine, targets, timing
 from fastsae.bench.baselines import contestants
 from fastsae.bench.implementations import Implementation
+from fastsae.bench.memory import Unmeasured, peak_memory
 from fastsae.bench.problem import DTYPES, Problem
 from fastsae.bench.result import Measurement, Result, Row, Skipped, Target
 from fastsae.bench.shapes import Shape
@@ -24,9 +25,10 @@ def run(
     dtype: str = "float32",
     inputs: str = "mixture",
     rounds: int = 11,
+    memory: bool = True,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Result:
-    """Checks, times and weighs every implementation at each shape.
+    """Checks, times and (if `memory`) weighs every implementation at each shape.
 
     A shape whose checks are not all green has no rows: no speed is reported for wrong results.
     """
@@ -49,12 +51,14 @@ def run(
     )
     for shape in shapes:
         result.measurements.append(
-            _measure(shape, dtype, inputs, rounds, lambda m, s=shape: progress(f"{s.name}: {m}"))
+            _measure(shape, dtype, inputs, rounds, memory, lambda m, s=shape: progress(f"{s.name}: {m}"))
         )
     return result
 
 
-def _measure(shape: Shape, dtype: str, inputs: str, rounds: int, progress: Callable[[str], None]) -> Measurement:
+def _measure(
+    shape: Shape, dtype: str, inputs: str, rounds: int, memory: bool, progress: Callable[[str], None]
+) -> Measurement:
     everyone = contestants(DTYPES[dtype])
     chosen, train, skipped = _that_fit(shape, everyone)
     progress("making the problem")
@@ -79,7 +83,7 @@ def _measure(shape: Shape, dtype: str, inputs: str, rounds: int, progress: Calla
     # Children measure memory: what this process holds would be in their way.
     del problem, timed
     gc.collect()
-    for implementation in chosen:
+    for implementation in chosen if memory else []:
         progress(f"peak memory of {implementation.name}")
         _add_memory(measurement, shape, implementation, train)
     if targets.apply(shape, dtype):
@@ -147,10 +151,8 @@ def _rows(timed: Sequence[cases.Case], samples: dict[tuple[str, str], timing.Sam
 
 def _add_memory(measurement: Measurement, shape: Shape, implementation: Implementation, train: bool) -> None:
     try:
-        peaks = memory.peak_memory(
-            shape, measurement.dtype, implementation.name, inputs=measurement.inputs, train=train
-        )
-    except memory.Unmeasured as error:
+        peaks = peak_memory(shape, measurement.dtype, implementation.name, inputs=measurement.inputs, train=train)
+    except Unmeasured as error:
         measurement.skipped.append(Skipped("peak memory", implementation.name, str(error)))
         return
     for phase, peak in peaks.items():

@@ -24,6 +24,7 @@ def bench(
     repeats: Annotated[int | None, typer.Option(help="Interleaved rounds. Default: 11.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch and fastsae. Default: torch's.")] = None,
     quick: Annotated[bool, typer.Option(help="Fewer tokens and rounds: a first look.")] = False,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, in a process for each implementation.")] = True,
     out: Annotated[Path | None, typer.Option(help="Result file to write.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Plot to draw from result files (or from --out).")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -46,7 +47,7 @@ def bench(
             return
         if plot is not None and out is None:
             raise ValueError("--plot draws from result files: name some, or the one to write with --out")
-        result = _measure(shape, tokens, k, dtype, inputs, repeats, threads, quick)
+        result = _measure(shape, tokens, k, dtype, inputs, repeats, threads, quick, memory)
     except (ValueError, OSError) as error:
         typer.echo(f"fastsae bench: {error}", err=True)
         raise typer.Exit(2) from error
@@ -65,7 +66,7 @@ def bench(
             _plot_files([out], plot)
 
 
-def _measure(shape, tokens, k, dtype, inputs, repeats, threads, quick):
+def _measure(shape, tokens, k, dtype, inputs, repeats, threads, quick, memory):
     import torch
     from rich.console import Console
 
@@ -81,7 +82,7 @@ def _measure(shape, tokens, k, dtype, inputs, repeats, threads, quick):
     rounds = repeats if repeats is not None else _QUICK_ROUNDS if quick else 11
     progress = Console(stderr=True)
     with progress.status("starting") as status:
-        return run(chosen, dtype=dtype, inputs=inputs, rounds=rounds, progress=status.update)
+        return run(chosen, dtype=dtype, inputs=inputs, rounds=rounds, memory=memory, progress=status.update)
 
 
 def _plot_files(results: list[Path], plot: Path | None) -> None:
