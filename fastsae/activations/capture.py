@@ -23,22 +23,22 @@ def hook_module(model: nn.Module, name: str) -> nn.Module:
     modules = dict(model.named_modules())
     if name and name in modules:
         return modules[name]
-    near = _near_matches(name, [known for known in modules if known])
+    near = near_modules(model, name)
     raise ValueError(
         f"hook = {name!r}: {type(model).__name__} has no module of that name; "
         + (f"the nearest are {', '.join(near)}" if near else "model.named_modules() lists its modules")
     )
 
 
-def _near_matches(name: str, known: list[str]) -> list[str]:
-    """Names spelled like `name`, or that end in something spelled like it, nearest first."""
+def near_modules(model: nn.Module, name: str) -> list[str]:
+    """Up to six names of submodules spelled like `name`, or that end in something spelled like it, nearest first."""
     parts = name.count(".") + 1
 
     def likeness(candidate: str) -> float:
         end = ".".join(candidate.split(".")[-parts:])
         return max(difflib.SequenceMatcher(None, name, part).ratio() for part in (candidate, end))
 
-    scored = [(likeness(candidate), candidate) for candidate in known]
+    scored = [(likeness(candidate), candidate) for candidate, _ in model.named_modules() if candidate]
     near = sorted((pair for pair in scored if pair[0] >= _LEAST_LIKENESS), key=lambda pair: -pair[0])
     return [candidate for _, candidate in near[:_SUGGESTIONS]]
 
