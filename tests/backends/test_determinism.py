@@ -1,5 +1,7 @@
 """The same bits whatever the thread count, the split of a batch, the run and, where promised, the instruction set."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -119,6 +121,15 @@ def test_instruction_sets(function, dtype):
                 results.append(function(dtype))
     for result in results[1:]:
         check_same(result, results[0])
+
+
+def test_calls_from_several_python_threads(native):
+    """The kernels run without the interpreter's lock and share nothing but their inputs."""
+    for function in (encode, squared_error, training_step):
+        expected = function(torch.float32)
+        with ThreadPoolExecutor(4) as pool:
+            for result in pool.map(function, [torch.float32] * 12):
+                check_same(result, expected)
 
 
 def test_torch_backend_repeats_itself():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastsae import SparseCodes, ops
+from fastsae.ops.transpose import transposed
 from fastsae.testing import random_codes
 
 CODES = {
@@ -40,3 +41,20 @@ def test_strided_indices(backend):
     strided = SparseCodes(codes.values, codes.indices.T.contiguous().T, 50)
     for actual, expected in zip(ops.transpose(strided), ops.transpose(codes), strict=True):
         assert actual.equal(expected)
+
+
+def test_codes_made_in_inference_mode(backend):
+    """Their tensors count no versions, so nothing about them can be remembered; they are transposed anew."""
+    with torch.inference_mode():
+        codes = random_codes(12, 50, 6)
+    expected = ops.transpose(codes)
+    for _ in range(2):
+        for actual, part in zip(transposed(codes.indices, None, 50), expected, strict=True):
+            assert actual.equal(part)
+
+
+def test_the_same_transposition_twice_is_computed_once(backend):
+    codes = random_codes(12, 50)
+    first = transposed(codes.indices, codes.offsets, 50)
+    assert transposed(codes.indices, codes.offsets, 50) is first
+    assert transposed(codes.indices, codes.offsets, 51) is not first
