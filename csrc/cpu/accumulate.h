@@ -19,17 +19,17 @@ inline float accumulate_latent(const T* values, const LatentMajor& codes, int64_
   const int64_t begin = codes.offsets[f], end = codes.offsets[f + 1];
   const T* rows = static_cast<const T*>(g.data);
   float weights[kBlock];
-  float value_sum = 0.0f;
+  // In double: the sum of a latent's values costs nothing beside its rows, and is a gradient of its own.
+  double value_sum = 0.0;
   std::memset(total, 0, static_cast<size_t>(d) * sizeof(float));
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = end - at < kBlock ? end - at : kBlock;
     float* sum = at == begin ? total : partial;
     if (sum == partial) std::memset(partial, 0, static_cast<size_t>(d) * sizeof(float));
-    float block_sum = 0.0f;
     for (int64_t j = 0; j < count; ++j) {
       weights[j] = to_float(values[codes.entries[at + j]]);
       if (row_scale) weights[j] *= row_scale[codes.tokens[at + j]];
-      block_sum += weights[j];
+      value_sum += weights[j];
     }
     const auto weight = [&](int64_t j) { return weights[j]; };
     const auto token = [&](int64_t j) { return codes.tokens[at + j]; };
@@ -37,11 +37,10 @@ inline float accumulate_latent(const T* values, const LatentMajor& codes, int64_
       add_weighted_rows<true>(rows, g.stride, d, shift, count, weight, token, sum);
     else
       add_weighted_rows<false>(rows, g.stride, d, nullptr, count, weight, token, sum);
-    value_sum += block_sum;
     if (sum == partial)
       for (int64_t i = 0; i < d; ++i) total[i] += partial[i];
   }
-  return value_sum;
+  return static_cast<float>(value_sum);
 }
 
 }  // namespace FASTSAE_ISA

@@ -1,0 +1,54 @@
+"""Metrics against their dense float64 formulas, however the activations arrive."""
+
+import pytest
+import torch
+
+import fastsae
+from fastsae.evaluation import dead_latents, evaluate, explained_variance, l0
+
+
+@pytest.fixture
+def sae():
+    sae = fastsae.TopKSAE(16, 200, 4, normalize_activations="scalar", dtype=torch.float64).eval()
+    sae.set_activation_scale(0.5)
+    return sae
+
+
+def activations(n=300):
+    return torch.randn(n, 16, dtype=torch.float64) + 3
+
+
+def test_explained_variance_is_the_dense_formula(sae):
+    x = activations()
+    out = sae(x).sae_out
+    expected = 1 - (out - x).square().sum() / (x - x.mean(dim=0)).square().sum()
+    assert explained_variance(sae, x) == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_counts_are_those_of_the_dense_codes(sae):
+    x = activations()
+    active = sae.encode(x).to_dense() != 0
+    metrics = evaluate(sae, x)
+    assert metrics.n_tokens == 300
+    assert metrics.l0 == active.sum().item() / 300 == l0(sae, x)
+    assert torch.equal(metrics.feature_counts, active.sum(dim=0))
+    assert torch.equal(metrics.density, active.double().mean(dim=0))
+    assert torch.equal(dead_latents(sae, x), (~active.any(dim=0)).nonzero()[:, 0])
+    assert metrics.dead_fraction == (~active.any(dim=0)).double().mean().item()
+
+
+def test_batches_change_nothing(sae):
+    x = activations()
+    whole, parts = evaluate(sae, x), evaluate(sae, iter([x[:1], x[1:1], x[1:200].reshape(1, 199, 16), x[200:]]))
+    assert torch.equal(whole.feature_counts, parts.feature_counts)
+    assert parts.explained_variance == pytest.approx(whole.explained_variance, rel=1e-12)
+
+
+def test_no_activation_is_an_error(sae):
+    with pytest.raises(ValueError, match="hold no token"):
+        evaluate(sae, [])
+
+
+def test_a_constant_activation_has_no_variance_to_explain(sae):
+    assert explained_variance(sae, torch.ones(5, 16, dtype=torch.float64)) != explained_variance(sae, activations())
+    assert torch.tensor(explained_variance(sae, torch.ones(5, 16, dtype=torch.float64))).isnan()
