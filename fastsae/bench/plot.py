@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastsae.bench.result import Measurement, Result, Row
-from fastsae.training.durable import replace_file
+from fastsae.durable import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fastsae.training.durable import replace_file
+from fastsae.durable import replace_file
 
 SCHEMA = "fastsae-bench/1"
 

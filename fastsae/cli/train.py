@@ -9,10 +9,10 @@ import typer
 
 from fastsae.activations.store import ActivationStore
 from fastsae.cli._errors import errors_as_messages
+from fastsae.durable import replace_file
 from fastsae.optim import FusedAdam
 from fastsae.saes import TopKSAE, load
 from fastsae.training import TrainConfig, Trainer, checkpoint
-from fastsae.training.durable import replace_file
 from fastsae.training.trainer import OPENAI_ADAM
 
 # Activations that the starting values of b_dec and of the scale are taken from.

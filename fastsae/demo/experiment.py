@@ -19,12 +19,12 @@ from fastsae.demo.language_model import LanguageModelConfig
 from fastsae.demo.options import DemoOptions
 from fastsae.demo.results import Results, as_html, as_json, as_table
 from fastsae.demo.subject import Subject, given_subject, own_subject
+from fastsae.durable import replace_file
 from fastsae.evaluation import evaluate, loss_recovered
 from fastsae.interpret import latent_pages, most_telling, record_firings
 from fastsae.optim import FusedAdam
 from fastsae.saes import TopKSAE
 from fastsae.training import TrainConfig, Trainer
-from fastsae.training.durable import replace_file
 
 # Rows held to be mixed: 32 batches, so that a batch has few tokens of the same text.
 _BUFFER_BATCHES = 32

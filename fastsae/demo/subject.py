@@ -18,7 +18,7 @@ from fastsae.demo.cache import fingerprint
 from fastsae.demo.corpus import Corpus
 from fastsae.demo.language_model import HOOK, LanguageModelConfig, new_language_model, train_language_model
 from fastsae.demo.tokenizer import train_tokenizer
-from fastsae.training.durable import replace_folder
+from fastsae.durable import replace_folder
 
 
 @dataclass(frozen=True)

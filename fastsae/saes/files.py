@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fastsae.durable import replace_file, replace_file_by
 from fastsae.saes.registry import ARCHITECTURES
 
 if TYPE_CHECKING:
@@ -18,32 +18,6 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-
-
-def _replace(path: Path, write) -> None:
-    """Calls write(temporary path) beside `path`, syncs it to disk and renames it over `path`."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_pretrained(
@@ -62,9 +36,9 @@ def save_pretrained(
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-    _replace(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    replace_file_by(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     text = json.dumps(_file_config(self), indent=2) + "\n"
-    _replace(folder / CONFIG_NAME, lambda path: Path(path).write_text(text))
+    replace_file(folder / CONFIG_NAME, text.encode())
     if push_to_hub:
         return self.push_to_hub(repo_id=repo_id or folder.name, **push_to_hub_kwargs)
     return None

@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
+from fastsae.durable import recover_folder, replace_folder
 from fastsae.saes import SAE, load
 from fastsae.training import optimizer_state, random_state
 from fastsae.training.config import TrainConfig
-from fastsae.training.durable import recover_folder, replace_folder
 
 TRAINER_NAME = "trainer.json"
 OPTIMIZER_NAME = "optimizer.safetensors"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastsae.training.durable import replace_file
+from fastsae.durable import replace_file
 
 
 @contextmanager

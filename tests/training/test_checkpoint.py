@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastsae
+from fastsae import durable
 from fastsae.optim import FusedAdam
 from fastsae.testing import assert_same_bits
-from fastsae.training import TrainConfig, Trainer, checkpoint, durable
+from fastsae.training import TrainConfig, Trainer, checkpoint
 
 from .conftest import D_IN, D_SAE, K
 from .conftest import batches as training_batches

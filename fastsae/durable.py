@@ -2,17 +2,21 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Makes `content` the content of the file at `path`."""
+    replace_file_by(path, lambda temporary: temporary.write_bytes(content))
+
+
+def replace_file_by(path: Path, write: Callable[[Path], object]) -> None:
+    """Makes the file at `path` what `write(temporary path)` writes; a failed write leaves `path` as it is."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
