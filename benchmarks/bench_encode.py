@@ -14,7 +14,7 @@ def bench_encode_topk(measure, problem, screen):
     implementation = FastSAE(problem.dtype, screen=screen)
     selection(problem, implementation)
     with torch.no_grad():
-        measure(lambda: implementation.encode(problem.sae, problem.x), work.gemm(problem.shape))
+        measure(lambda: implementation.encode(problem, problem.x), work.gemm(problem.shape))
 
 
 @torch.no_grad()
@@ -26,4 +26,4 @@ def bench_gemm(measure, problem):
 @torch.no_grad()
 def bench_gemm_and_topk(measure, problem):
     dense = Dense(problem.dtype)
-    measure(lambda: dense.picks(problem.sae, problem.x), work.gemm(problem.shape))
+    measure(lambda: dense.picks(problem, problem.x), work.gemm(problem.shape))

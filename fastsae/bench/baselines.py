@@ -16,7 +16,6 @@ from fastsae.bench import work
 from fastsae.bench.implementations import FastSAE, FusedAdamSAE, Implementation
 from fastsae.bench.problem import Problem
 from fastsae.bench.shapes import Shape
-from fastsae.saes import TopKSAE
 
 
 def _fvu(y: Tensor, x: Tensor) -> Tensor:
@@ -39,28 +38,31 @@ class Dense(Implementation):
     def context(self) -> contextlib.AbstractContextManager:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast)
 
-    def picks(self, sae: TopKSAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    def picks(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
+        W_enc, b_enc, _, b_dec = problem.plain
         with self.context():
-            pre = functional.linear(x - sae.b_dec, sae.W_enc.T, sae.b_enc)
-            return pre.topk(sae.k, sorted=False)
+            return functional.linear(x - b_dec, W_enc, b_enc).topk(problem.shape.k, sorted=False)
 
-    def encode(self, sae: TopKSAE, x: Tensor) -> Tensor:
-        values, indices = self.picks(sae, x)
-        return values.new_zeros(x.shape[0], sae.d_sae).scatter_(1, indices, values.relu())
+    def encode(self, problem: Problem, x: Tensor) -> Any:
+        values, indices = self.picks(problem, x)
+        return values.new_zeros(x.shape[0], problem.shape.d_sae).scatter_(1, indices, values.relu())
 
-    def decode(self, sae: TopKSAE, codes: Tensor) -> Tensor:
+    def decode(self, problem: Problem, codes: Any) -> Tensor:
         with self.context():
-            return torch.addmm(sae.b_dec, codes, sae.W_dec)
+            return torch.addmm(problem.plain.b_dec, codes, problem.plain.W_dec)
 
-    def loss(self, sae: TopKSAE, x: Tensor) -> Tensor:
-        return _fvu(self.decode(sae, self.encode(sae, x)), x)
+    def loss(self, problem: Problem, x: Tensor) -> Tensor:
+        return _fvu(self.decode(problem, self.encode(problem, x)), x)
+
+    def gradients(self, problem: Problem) -> tuple[Tensor, ...]:
+        return tuple(parameter.grad for parameter in problem.plain)
 
     @torch.no_grad()
     def update(self, problem: Problem) -> None:
-        W_dec = problem.sae.W_dec
+        W_dec = problem.plain.W_dec
         along = torch.linalg.vecdot(W_dec.grad, W_dec)
         W_dec.grad.addcmul_(W_dec, along[:, None], value=-1)
-        problem.optimizer.step()
+        problem.plain_optimizer.step()
         W_dec.div_(W_dec.norm(dim=1, keepdim=True))
 
     def work(self, shape: Shape, itemsize: int) -> dict[str, work.Work]:
@@ -83,16 +85,17 @@ class EmbeddingBag(Dense):
     def __init__(self, dtype: torch.dtype):
         super().__init__(dtype)
 
-    def picks(self, sae: TopKSAE, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _TopKLinear.apply(x, sae.W_enc.T, sae.b_enc, sae.b_dec, sae.k)
+    def picks(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
+        W_enc, b_enc, _, b_dec = problem.plain
+        return _TopKLinear.apply(x, W_enc, b_enc, b_dec, problem.shape.k)
 
-    def encode(self, sae: TopKSAE, x: Tensor) -> tuple[Tensor, Tensor]:
-        values, indices = self.picks(sae, x)
+    def encode(self, problem: Problem, x: Tensor) -> Any:
+        values, indices = self.picks(problem, x)
         return values.relu(), indices
 
-    def decode(self, sae: TopKSAE, codes: tuple[Tensor, Tensor]) -> Tensor:
-        values, indices = codes
-        return functional.embedding_bag(indices, sae.W_dec, per_sample_weights=values, mode="sum") + sae.b_dec
+    def decode(self, problem: Problem, codes: Any) -> Tensor:
+        (values, indices), W_dec = codes, problem.plain.W_dec
+        return functional.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + problem.plain.b_dec
 
     def work(self, shape: Shape, itemsize: int) -> dict[str, work.Work]:
         return work.sparse_phases(shape, itemsize)

@@ -71,17 +71,15 @@ def phases(problem: Problem, implementation: Implementation, train: bool) -> Ite
 
 
 def _inference(problem: Problem, implementation: Implementation) -> tuple[Callable[[], object], Callable[[], object]]:
-    sae, x = problem.sae, problem.x
-
     @torch.no_grad()
     def encode() -> object:
-        return implementation.encode(sae, x)
+        return implementation.encode(problem, problem.x)
 
     codes = encode()
 
     @torch.no_grad()
     def decode() -> object:
-        return implementation.decode(sae, codes)
+        return implementation.decode(problem, codes)
 
     return encode, decode
 

@@ -20,7 +20,7 @@ def same_bits(problem: Problem, implementation: FastSAE) -> str:
     """Selection and values of all tokens are those of the default screen to the bit, which repeats itself."""
     with torch.no_grad():
         for other in (FastSAE(problem.dtype), implementation):
-            again = other.encode(problem.sae, problem.x)
+            again = other.encode(problem, problem.x)
             assert_same_bits(again.indices, problem.codes.indices)
             assert_same_bits(again.values, problem.codes.values)
     return f"{problem.shape.n_tokens:,} tokens under both screens, the default twice"
@@ -33,7 +33,7 @@ def selection(problem: Problem, implementation: Implementation) -> str:
     """
     sae, x = problem.sae, problem.x[problem.sample]
     with torch.no_grad():
-        values, indices = implementation.picks(sae, x)
+        values, indices = implementation.picks(problem, x)
     assert all(len(set(row)) == sae.k for row in indices.tolist()), "a latent was picked twice for one token"
     right = exact.preactivations(sae, x, torch.float64)
     plain = exact.preactivations(sae, x, implementation.ranked_in)
@@ -53,8 +53,8 @@ def selection(problem: Problem, implementation: Implementation) -> str:
 def reconstruction(problem: Problem, implementation: Implementation) -> str:
     sae, x = problem.sae, problem.x[problem.sample]
     with torch.no_grad():
-        y = implementation.decode(sae, implementation.encode(sae, x))
-        values, indices = implementation.picks(sae, x)
+        y = implementation.decode(problem, implementation.encode(problem, x))
+        values, indices = implementation.picks(problem, x)
     latents, places = indices.unique(return_inverse=True)
     _hold(implementation, y, exact.decode, values.relu(), *_detached(sae.W_dec[latents], sae.b_dec), places)
     return f"{len(x)} tokens against float64"
@@ -123,11 +123,11 @@ def gradients(problem: Problem, implementation: Implementation) -> str:
     """The gradients of some sampled tokens' loss against autograd of the dense formula, in float64."""
     sae, x = problem.sae, problem.x[problem.sample[::4]]
     with torch.no_grad():
-        _, indices = implementation.picks(sae, x)
-    sae.zero_grad(set_to_none=True)
-    implementation.loss(sae, x).backward()
-    W_enc, b_enc, W_dec, b_dec = sae.W_enc.grad.T, sae.b_enc.grad, sae.W_dec.grad, sae.b_dec.grad
-    sae.zero_grad(set_to_none=True)
+        _, indices = implementation.picks(problem, x)
+    problem.zero_grad()
+    implementation.loss(problem, x).backward()
+    W_enc, b_enc, W_dec, b_dec = implementation.gradients(problem)
+    problem.zero_grad()
     latents, places = indices.unique(return_inverse=True)
     weights = _detached(sae.W_enc.T[latents], sae.b_enc[latents], sae.W_dec[latents], sae.b_dec)
     found = *_fired(latents, W_enc, b_enc, W_dec), b_dec
@@ -139,7 +139,7 @@ def moments(problem: Problem, implementation: Implementation) -> str:
     """The first step's moments are (1 - β) times the gradients, W_dec's projected: FusedAdam keeps no gradients."""
     sae, x = problem.sae, problem.x[problem.sample[::4]]
     with torch.no_grad():
-        _, indices = implementation.picks(sae, x)
+        _, indices = implementation.picks(problem, x)
     latents, places = indices.unique(return_inverse=True)
     weights = _detached(sae.W_enc.T[latents], sae.b_enc[latents], sae.W_dec[latents], sae.b_dec)
     optimizer = FusedAdam(sae, lr=0.0)
@@ -182,8 +182,8 @@ def _fired(latents: Tensor, *by_latent: Tensor) -> list[Tensor]:
 
 def loss(problem: Problem, implementation: Implementation) -> str:
     with torch.no_grad():
-        ours = FastSAE(problem.dtype).loss(problem.sae, problem.x).item()
-        theirs = implementation.loss(problem.sae, problem.x).item()
+        ours = FastSAE(problem.dtype).loss(problem, problem.x).item()
+        theirs = implementation.loss(problem, problem.x).item()
     assert abs(theirs - ours) <= _LOOSE * ours, f"loss {theirs:.5g}, in the dtype under test {ours:.5g}"
     return f"loss {theirs:.5g}, in the dtype under test {ours:.5g}"
 

@@ -14,11 +14,10 @@ from fastsae.bench import work
 from fastsae.bench.problem import Problem
 from fastsae.bench.shapes import Shape
 from fastsae.ops import encode_topk
-from fastsae.saes import TopKSAE
 
 
 class Implementation(abc.ABC):
-    """One way to encode, decode and train; all of them on the parameters of one TopKSAE."""
+    """One way to encode, decode and train; all of them on the numbers of one Problem."""
 
     name: str
     precision: str
@@ -28,20 +27,24 @@ class Implementation(abc.ABC):
     trains_only = False
 
     @abc.abstractmethod
-    def picks(self, sae: TopKSAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    def picks(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
         """Raw pre-activations [n_tokens, k] that were selected, in any order, and their latents."""
 
     @abc.abstractmethod
-    def encode(self, sae: TopKSAE, x: Tensor) -> Any:
+    def encode(self, problem: Problem, x: Tensor) -> Any:
         """x -> codes, in the form that its own `decode` takes."""
 
     @abc.abstractmethod
-    def decode(self, sae: TopKSAE, codes: Any) -> Tensor:
+    def decode(self, problem: Problem, codes: Any) -> Tensor:
         """Codes -> reconstruction [n_tokens, d_in]."""
 
     @abc.abstractmethod
-    def loss(self, sae: TopKSAE, x: Tensor) -> Tensor:
+    def loss(self, problem: Problem, x: Tensor) -> Tensor:
         """The fraction of variance unexplained, differentiable."""
+
+    @abc.abstractmethod
+    def gradients(self, problem: Problem) -> tuple[Tensor, ...]:
+        """What backward left for W_enc [d_sae, d_in], b_enc, W_dec and b_dec."""
 
     @abc.abstractmethod
     def update(self, problem: Problem) -> None:
@@ -49,8 +52,8 @@ class Implementation(abc.ABC):
 
     def step(self, problem: Problem) -> Iterator[str]:
         """A whole training step; yields the name of each part when it is done."""
-        problem.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(problem.sae, problem.x)
+        problem.zero_grad()
+        loss = self.loss(problem, problem.x)
         yield "forward"
         loss.backward()
         yield "backward"
@@ -74,7 +77,7 @@ class FastSAE(Implementation):
     def __init__(self, dtype: torch.dtype, *, screen: str | None = None):
         self.screen = screen
         used = screen or str(screen_dtype()).removeprefix("torch.")
-        self.precision = f"{str(dtype).removeprefix('torch.')} (exact; screened in {used})"
+        self.precision = f"{str(dtype).removeprefix('torch.')} (screen {used})"
         if screen is not None:
             self.name = f"fastsae, {screen} screen"
 
@@ -92,21 +95,26 @@ class FastSAE(Implementation):
             else:
                 os.environ["FASTSAE_SCREEN"] = before
 
-    def picks(self, sae: TopKSAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    def picks(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
+        sae = problem.sae
         with self.context():
             codes = encode_topk(x, sae.W_enc, sae.b_enc, sae.k, b_dec=sae.b_dec)
         return codes.values, codes.indices.long()
 
-    def encode(self, sae: TopKSAE, x: Tensor) -> Any:
+    def encode(self, problem: Problem, x: Tensor) -> Any:
         with self.context():
-            return sae.encode(x)
+            return problem.sae.encode(x)
 
-    def decode(self, sae: TopKSAE, codes: Any) -> Tensor:
-        return sae.decode(codes)
+    def decode(self, problem: Problem, codes: Any) -> Tensor:
+        return problem.sae.decode(codes)
 
-    def loss(self, sae: TopKSAE, x: Tensor) -> Tensor:
+    def loss(self, problem: Problem, x: Tensor) -> Tensor:
         with self.context():
-            return sae.loss(x).total
+            return problem.sae.loss(x).total
+
+    def gradients(self, problem: Problem) -> tuple[Tensor, ...]:
+        sae = problem.sae
+        return sae.W_enc.grad.T, sae.b_enc.grad, sae.W_dec.grad, sae.b_dec.grad
 
     def update(self, problem: Problem) -> None:
         hooks = problem.sae.register_optimizer_hooks(problem.optimizer)
@@ -120,7 +128,8 @@ class FastSAE(Implementation):
         return work.sparse_phases(shape, itemsize)
 
     def working_set(self, shape: Shape, itemsize: int) -> int:
-        return 8 * shape.n_tokens * shape.d_in * itemsize
+        # torch's Adam copies the gradient of W_enc.
+        return (8 * shape.n_tokens + shape.d_sae) * shape.d_in * itemsize
 
 
 class FusedAdamSAE(FastSAE):

@@ -109,19 +109,18 @@ def _part_peaks(problem: Problem, implementation: Implementation) -> dict[str, i
         peaks[part] = max(0, _status("VmHWM") - before)
     parts.close()
     peaks["forward"] = _peak_of(
-        lambda: implementation.loss(problem.sae, problem.x),
-        lambda: problem.optimizer.zero_grad(set_to_none=True),
+        lambda: implementation.loss(problem, problem.x),
+        problem.zero_grad,
     )
     return peaks
 
 
 @torch.no_grad()
 def _inference_peaks(problem: Problem, implementation: Implementation) -> dict[str, int]:
-    sae, x = problem.sae, problem.x
-    codes = implementation.encode(sae, x)
+    codes = implementation.encode(problem, problem.x)
     return {
-        "encode": _peak_of(lambda: implementation.encode(sae, x)),
-        "decode": _peak_of(lambda: implementation.decode(sae, codes)),
+        "encode": _peak_of(lambda: implementation.encode(problem, problem.x)),
+        "decode": _peak_of(lambda: implementation.decode(problem, codes)),
     }
 
 

@@ -1,9 +1,10 @@
 """One SAE of a shape and a batch of activations, the same for every implementation and on every machine."""
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fastsae.bench.shapes import Shape
@@ -19,6 +20,15 @@ _LEARNING_RATE = 1e-6
 _SEED = 0
 
 
+class PlainWeights(NamedTuple):
+    """W_enc [d_sae, d_in] contiguous, b_enc, W_dec and b_dec."""
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+
+
 class Problem:
     """`sae`, and x [n_tokens, d_in] for it.
 
@@ -27,7 +37,8 @@ class Problem:
     `inputs="gaussian"` is plain noise: harder to screen (winners barely stand out), easier to balance (each latent
     fires alike).
 
-    All implementations work on these parameters, with one set of gradients and of optimizer state.
+    All implementations work on these numbers, each in the layout that suits it: `sae`, and `plain` as views of the
+    same memory. There is one set of gradients and one of optimizer state.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, inputs: str = "mixture"):
@@ -45,9 +56,32 @@ class Problem:
                 self.g = torch.randn(shape.n_tokens, shape.d_in).to(dtype)
 
     @cached_property
+    def plain(self) -> "PlainWeights":
+        """The parameters as a step in plain PyTorch has them, W_enc the weight of an nn.Linear."""
+        sae = self.sae
+        return PlainWeights(nn.Parameter(sae.W_enc.detach().T), sae.b_enc, sae.W_dec, sae.b_dec)
+
+    @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Adam over the SAE's parameters; its state exists from the first step on."""
-        return torch.optim.Adam(self.sae.parameters(), lr=_LEARNING_RATE, fused=True)
+        """Adam over the SAE's parameters."""
+        adam = torch.optim.Adam(self.sae.parameters(), lr=_LEARNING_RATE, fused=True)
+        for parameter in self.sae.parameters():
+            adam.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+        return adam
+
+    @cached_property
+    def plain_optimizer(self) -> torch.optim.Optimizer:
+        """Adam over `plain`, on the same state."""
+        adam = torch.optim.Adam(self.plain, lr=_LEARNING_RATE, fused=True)
+        state = self.optimizer.state
+        adam.state.update({parameter: state[parameter] for parameter in self.plain[1:]})
+        transposed = {name: part.T if part.dim() else part for name, part in state[self.sae.W_enc].items()}
+        adam.state[self.plain.W_enc] = transposed
+        return adam
 
     @cached_property
     def fused_optimizer(self) -> FusedAdam:
@@ -55,6 +89,11 @@ class Problem:
         fused = FusedAdam(self.sae, lr=_LEARNING_RATE)
         fused.state = self.optimizer.state
         return fused
+
+    def zero_grad(self) -> None:
+        """Gives back every gradient's memory, whoever made it."""
+        self.sae.zero_grad(set_to_none=True)
+        self.plain.W_enc.grad = None
 
     @cached_property
     @torch.no_grad()

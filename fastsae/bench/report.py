@@ -102,7 +102,7 @@ def _show_targets(measurement: Measurement, console: Console) -> None:
         table.add_column(heading, justify="right")
     for target in measurement.targets:
         found = "not measured" if target.found is None else f"{target.found:.3f}"
-        table.add_row(target.what, f"{target.limit:.2f}", found, "met" if target.met else "[red]missed")
+        table.add_row(escape(target.what), f"{target.limit:.2f}", found, "met" if target.met else "[red]missed")
     console.print(table)
 
 

@@ -60,7 +60,7 @@ def _measure(
     shape: Shape, dtype: str, inputs: str, rounds: int, memory: bool, progress: Callable[[str], None]
 ) -> Measurement:
     everyone = contestants(DTYPES[dtype])
-    chosen, train, skipped = _that_fit(shape, everyone)
+    chosen, train, skipped = _that_fit(shape, DTYPES[dtype], everyone)
     progress("making the problem")
     problem = Problem(shape, DTYPES[dtype], inputs)
     progress("checking against float64")
@@ -92,19 +92,19 @@ def _measure(
 
 
 def _that_fit(
-    shape: Shape, implementations: Sequence[Implementation]
+    shape: Shape, dtype: torch.dtype, implementations: Sequence[Implementation]
 ) -> tuple[list[Implementation], bool, list[Skipped]]:
     """Who can run in the memory that is available, whether training can, and who cannot and why."""
     available = machine.available_memory()
-    itemsize = 4
-    weights = shape.parameters * itemsize
-    scores = shape.n_tokens * shape.d_sae * itemsize
-    # Weights, their copy in the other dtype, and what `x @ W_enc` and torch.mm(out=) return.
-    base = 2 * weights + 3 * scores
-    # Gradients and two moments.
-    training = base + 3 * weights
     if available is None:
         return list(implementations), True, []
+    itemsize = dtype.itemsize
+    weights = shape.parameters * itemsize
+    scores = shape.n_tokens * shape.d_sae * itemsize
+    # Both weights, W_enc in the other dtype (at most twice as wide), and what the GEMMs return.
+    base = weights + shape.d_in * shape.d_sae * (6 - itemsize) + 3 * scores
+    # Gradients and two moments.
+    training = base + 3 * weights
     usable = int(_USABLE * available)
     train = training + min(it.working_set(shape, itemsize) for it in implementations) <= usable
     skipped = []

@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_skipped(monkeypatch):
     names = {}
     for gibibytes in (1, 2, 100):
         monkeypatch.setattr(machine, "available_memory", lambda size=gibibytes * 2**30: size)
-        chosen, train, skipped = runner._that_fit(shape, everyone)
+        chosen, train, skipped = runner._that_fit(shape, torch.float32, everyone)
         names[gibibytes] = {implementation.name for implementation in chosen}, train
         assert names[gibibytes][0] | {s.implementation for s in skipped} >= {it.name for it in everyone}
         assert all("GiB may be used here" in s.reason for s in skipped)
