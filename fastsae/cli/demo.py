@@ -78,5 +78,5 @@ def demo(
         try:
             run_demo(options, Console(highlight=False, markup=False))
         except KeyboardInterrupt:
-            typer.echo(f"Stopped; {out} is as it was.", err=True)
+            typer.echo("Stopped. Nothing is half-written.", err=True)
             raise typer.Exit(130) from None

@@ -35,9 +35,9 @@ class Corpus:
 def read_corpus(path: Path | None = None) -> Corpus:
     """The text under `path`, a file or a folder; by default the running Python's standard library.
 
-    Of a folder every file that is UTF-8 text is taken, in the order of their paths, without hidden files and folders;
-    of the standard library only sources and documentation. Files are read until there are 64 MiB. Raises
-    FileNotFoundError for a path that is not there and ValueError where there is no text.
+    Of a folder every file that is UTF-8 text is taken, by name, a folder's own files before those in its folders, and
+    nothing hidden; of the standard library only sources and documentation. Files are read until there are 64 MiB.
+    Raises FileNotFoundError for a path that is not there and ValueError where there is no text.
     """
     if path is None:
         folder = Path(sysconfig.get_path("stdlib"))

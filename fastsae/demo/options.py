@@ -50,6 +50,8 @@ class DemoOptions:
             value = getattr(self, name)
             if value is not None and value < least.get(name, 1):
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least.get(name, 1)}")
+        if self.d_sae is not None:
+            self.width(1)
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"--lr {self.lr}: expected a finite number above 0")
         if not 0 <= self.seed < 2**63:

@@ -126,8 +126,8 @@ def _timing(results: Results) -> list[Fact]:
         Fact(
             "Dense PyTorch",
             f"{1e3 * times.dense_step_seconds:,.0f} ms",
-            f"the same step with [tokens, latents] tensors and autograd, float32; the losses of the two differ by "
-            f"{times.loss_difference:.0e} of their value",
+            f"the same step with [tokens, latents] tensors and autograd, float32; from equal weights the two losses "
+            f"{f'differ by {times.loss_difference:.0e}' if times.loss_difference else 'are equal'}",
         ),
         Fact("Ratio", f"{times.dense_step_seconds / times.step_seconds:.1f}×", "steps timed in turn, in the same run"),
     ]

@@ -41,7 +41,11 @@ class Subject:
 def own_subject(
     corpus: Corpus, config: LanguageModelConfig, hook: str | None, cache: Path, console: Console
 ) -> Subject:
-    """The one-layer model, trained on the corpus unless an earlier run with the same text and settings left it."""
+    """The one-layer model, trained on the corpus unless an earlier run with the same text and settings left it.
+
+    `hook` None is the MLP's activation. Raises ValueError for a hook that the model does not have.
+    """
+    hook = hook or HOOK
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -52,17 +56,17 @@ def own_subject(
     if folder.is_dir():
         console.print(f"Language model: kept from an earlier run in {folder}")
         model, tokenizer = _load(folder, f"{folder} holds no whole model: delete that folder and run again")
+        hook_module(model, hook)
         training = token_windows(corpus.training, tokenizer, config.context)
     else:
         console.print(f"Language model: one layer, trained once and kept in {folder}")
         tokenizer = train_tokenizer(corpus.training, config.vocab_size, config.context)
         training = token_windows(corpus.training, tokenizer, config.context)
         model = new_language_model(config, tokenizer)
+        hook_module(model, hook)
         loss = train_language_model(model, training, config, console)
         console.print(f"  loss {loss:.2f} nats per token after {config.steps:,} steps")
         _keep(folder, model, tokenizer)
-    hook = hook or HOOK
-    hook_module(model, hook)
     held_out = token_windows(corpus.held_out, tokenizer, config.context)
     return Subject(model, tokenizer, hook, "a one-layer transformer", config.context, training, held_out)
 

@@ -22,10 +22,10 @@ def density_histogram(density: Tensor, n_tokens: int, per_decade: int = 4) -> li
     `density` is [d_sae], as `SAEMetrics.density`. Empty bars before the first and behind the last filled are left out.
     """
     alive = density[density > 0].double()
-    lowest = -math.ceil(math.log10(max(n_tokens, 1)) * per_decade)
+    lowest = -max(1, math.ceil(math.log10(n_tokens) * per_decade))
     # The small shift keeps a density on an edge, 0.1 say, in the bar that the edge opens.
     bins = (alive.log10() * per_decade + 1e-9).floor().clamp(lowest, -1).long() - lowest
-    counts = torch.bincount(bins, minlength=max(-lowest, 1)).tolist()
+    counts = torch.bincount(bins, minlength=-lowest).tolist()
     filled = [i for i, n in enumerate(counts) if n]
     if not filled:
         return []

@@ -30,7 +30,7 @@ class Snippet:
 
 @dataclass(frozen=True)
 class TokenEffect:
-    """A token and by how much the latent at its largest activation raises its logit (relative to the mean logit)."""
+    """A token and by how much the latent at its largest activation raises its logit, less the mean over tokens."""
 
     token: str
     logit: float
@@ -60,16 +60,18 @@ def latent_pages(
 ) -> list[LatentPage]:
     """Pages of some latents [n], in their order, with up to `n_snippets` snippets and `n_tokens` raised tokens each.
 
-    Snippets come from different windows and differ in wording. Logit effects are measured on the first windows.
+    Snippets come from different windows and differ in wording. Logit effects are measured on the first windows, and
+    only tokens that occur in some window are named: a model knows nothing of one it has never met.
     """
     if len(latents) == 0:
         return []
     largest = firings.maxima()[latents]
     directions = sae.W_dec[latents].detach().float().cpu() * (largest[:, None] / sae.activation_scale.item())
     effects = logit_effects(model, hook, directions, firings.windows[:_EFFECT_WINDOWS])
+    occurring = firings.windows.unique()
     pages = []
     for latent, effect, strongest in zip(latents.tolist(), effects, largest.tolist(), strict=True):
-        raised = effect.topk(min(n_tokens, len(effect)))
+        raised = effect[occurring].topk(min(n_tokens, len(occurring)))
         pages.append(
             LatentPage(
                 latent=latent,
@@ -78,7 +80,7 @@ def latent_pages(
                 snippets=_snippets(firings, latent, tokenizer, n_snippets),
                 raised=[
                     TokenEffect(_text(tokenizer, token), logit)
-                    for token, logit in zip(raised.indices.tolist(), raised.values.tolist(), strict=True)
+                    for token, logit in zip(occurring[raised.indices].tolist(), raised.values.tolist(), strict=True)
                 ],
             )
         )

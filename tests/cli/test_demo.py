@@ -97,3 +97,24 @@ def test_bad_choices_are_one_line(folder, first, arguments, message):
     assert message in result.output
     assert "Traceback" not in result.output
     assert not (folder / "bad").exists()
+
+
+def test_stopping_leaves_nothing_half_written(folder, first, monkeypatch):
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    monkeypatch.setattr("fastsae.demo.experiment.latent_pages", stop)
+    for out in (first, folder / "stopped"):
+        result = run(folder, "--out", str(out), "--seed", "7")
+        assert result.exit_code == 130
+        assert "Stopped" in result.output
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    assert not (folder / "stopped").exists()
+
+
+def test_missing_packages_are_named_with_the_way_to_get_them(folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = run(folder)
+    assert result.exit_code == 1
+    assert 'pip install "fastsae[demo]"' in result.output
