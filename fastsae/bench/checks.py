@@ -18,11 +18,12 @@ _LOOSE = 2.0**-5
 
 def same_bits(problem: Problem, implementation: FastSAE) -> str:
     """Selection and values of all tokens are those of the default screen to the bit, which repeats itself."""
+    default = FastSAE(problem.dtype)
     with torch.no_grad():
-        for other in (FastSAE(problem.dtype), implementation):
-            again = other.encode(problem, problem.x)
-            assert_same_bits(again.indices, problem.codes.indices)
-            assert_same_bits(again.values, problem.codes.values)
+        codes, *others = (it.encode(problem, problem.x) for it in (default, default, implementation))
+    for other in others:
+        assert_same_bits(other.indices, codes.indices)
+        assert_same_bits(other.values, codes.values)
     return f"{problem.shape.n_tokens:,} tokens under both screens, the default twice"
 
 
