@@ -21,7 +21,8 @@ from fastsae.bench.implementations import Implementation
 from fastsae.bench.problem import DTYPES, Problem
 from fastsae.bench.shapes import Shape
 
-_WARM_UPS = 2
+# Gradients and optimizer state exist after the first step; the second finds the allocator as later ones do.
+_WARM_UP_STEPS = 2
 _ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
@@ -72,12 +73,10 @@ def _reset_peak() -> int:
         raise Unmeasured(f"this system resets no peak of resident memory ({error})") from error
 
 
-def _peak_of(run: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> int:
-    """Bytes by which `run` raises resident memory at its worst; `prepare` comes before the memory is noted."""
-    for _ in range(_WARM_UPS):
-        prepare()
+def _peak_of(run: Callable[[], object], warm_ups: int) -> int:
+    """Bytes by which `run`, after as many calls of it as `warm_ups`, raises resident memory at its worst."""
+    for _ in range(warm_ups):
         run()
-    prepare()
     before = _reset_peak()
     result = run()
     after = _status("VmHWM")
@@ -91,7 +90,7 @@ def measure_here(problem: Problem, implementation: Implementation, train: bool) 
     if not implementation.trains_only:
         peaks |= _inference_peaks(problem, implementation)
     if train:
-        peaks["step"] = _peak_of(lambda: list(implementation.step(problem)))
+        peaks["step"] = _peak_of(lambda: list(implementation.step(problem)), _WARM_UP_STEPS)
     if train and not implementation.trains_only:
         peaks |= _part_peaks(problem, implementation)
     return peaks
@@ -108,10 +107,8 @@ def _part_peaks(problem: Problem, implementation: Implementation) -> dict[str, i
         part = next(parts)
         peaks[part] = max(0, _status("VmHWM") - before)
     parts.close()
-    peaks["forward"] = _peak_of(
-        lambda: implementation.loss(problem, problem.x),
-        problem.zero_grad,
-    )
+    problem.zero_grad()
+    peaks["forward"] = _peak_of(lambda: implementation.loss(problem, problem.x), 0)
     return peaks
 
 
@@ -119,8 +116,8 @@ def _part_peaks(problem: Problem, implementation: Implementation) -> dict[str, i
 def _inference_peaks(problem: Problem, implementation: Implementation) -> dict[str, int]:
     codes = implementation.encode(problem, problem.x)
     return {
-        "encode": _peak_of(lambda: implementation.encode(problem, problem.x)),
-        "decode": _peak_of(lambda: implementation.decode(problem, codes)),
+        "encode": _peak_of(lambda: implementation.encode(problem, problem.x), 0),
+        "decode": _peak_of(lambda: implementation.decode(problem, codes), 1),
     }
 
 
