@@ -19,7 +19,8 @@ inline float accumulate_latent(const T* values, const LatentMajor& codes, int64_
   const int64_t begin = codes.offsets[f], end = codes.offsets[f + 1];
   const T* rows = static_cast<const T*>(g.data);
   float weights[kBlock];
-  // In double: the sum of a latent's values costs nothing beside its rows, and is a gradient of its own.
+  // In double: the sum of a latent's values costs nothing beside its rows, and is a gradient of its
+  // own.
   double value_sum = 0.0;
   std::memset(total, 0, static_cast<size_t>(d) * sizeof(float));
   for (int64_t at = begin; at < end; at += kBlock) {
