@@ -91,21 +91,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "select_finish",
       [](Address x, int64_t x_stride, int dtype, Address b_dec, Address w_enc, int64_t w_stride,
-         Address b_enc, int64_t n, int64_t d, int64_t d_sae, int64_t k, Address lower,
-         Address upper, Address candidates, Address counts, Address thresholds, Address redo,
-         int64_t capacity, Address values, Address indices) {
+         Address b_enc, int64_t n, int64_t d, int64_t d_sae, int64_t k, bool relu_first,
+         Address lower, Address upper, Address candidates, Address counts, Address thresholds,
+         Address redo, int64_t capacity, Address values, Address indices) {
         fastsae::kernels().select_finish(
             matrix(x, x_stride, dtype), at<const float>(b_dec), matrix(w_enc, w_stride, dtype),
-            at<const float>(b_enc), n, d, d_sae, k,
+            at<const float>(b_enc), n, d, d_sae, k, relu_first,
             state(lower, upper, candidates, counts, thresholds, redo, capacity), at<void>(values),
             at<int32_t>(indices));
-      },
-      release_gil());
-  m.def(
-      "relu_first",
-      [](Address values, Address indices, int64_t n, int64_t k, int dtype) {
-        fastsae::kernels().relu_first(at<void>(values), at<int32_t>(indices), n, k,
-                                      static_cast<DType>(dtype));
       },
       release_gil());
   m.def(

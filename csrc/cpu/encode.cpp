@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "candidates.h"
 #include "dot.h"
@@ -96,20 +97,49 @@ void select_row(const Score* scores, int64_t n, int64_t f_begin, int64_t f_count
   state.thresholds[n] = c.threshold;
 }
 
+// Where a row's picks go, and what selection is among.
 template <typename T>
-void write_best(Key* keys, int64_t count, int64_t k, T* values, int32_t* indices) {
-  std::partial_sort(keys, keys + k, keys + count, Greater());
-  for (int64_t j = 0; j < k; ++j) {
-    assign(values[j], key_value(keys[j]));
-    indices[j] = key_index(keys[j]);
+struct Picks {
+  T* values;
+  int32_t* indices;
+  int64_t k;
+  bool relu_first;
+};
+
+// Selection among relu(pre): what is positive (or NaN) stands first already; the places left go to
+// zeros, of which the lowest indices win. No further pre-activation is needed for that.
+template <typename T>
+void fill_with_zeros(const Key* keys, const Picks<T>& picks) {
+  int64_t kept = 0;
+  while (kept < picks.k && !(key_value(keys[kept]) <= 0.0f)) ++kept;
+  if (kept == picks.k) return;
+  Scratch<int32_t> positive(kept);
+  std::copy(picks.indices, picks.indices + kept, positive.get());
+  std::sort(positive.get(), positive.get() + kept);
+  int64_t next = 0;
+  int32_t f = 0;
+  for (int64_t j = kept; j < picks.k; ++j, ++f) {
+    for (; next < kept && positive[next] == f; ++next) ++f;
+    assign(picks.values[j], 0.0f);
+    picks.indices[j] = f;
   }
+}
+
+template <typename T>
+void write_best(Key* keys, int64_t count, const Picks<T>& picks) {
+  std::partial_sort(keys, keys + picks.k, keys + count, Greater());
+  for (int64_t j = 0; j < picks.k; ++j) {
+    assign(picks.values[j], key_value(keys[j]));
+    picks.indices[j] = key_index(keys[j]);
+  }
+  if (picks.relu_first) fill_with_zeros(keys, picks);
 }
 
 // Every latent by the defined dot product, keeping the best k of what has been seen.
 template <typename T>
 void select_row_exactly(const float* x, const T* w, int64_t stride, const float* b_enc, int64_t d,
-                        int64_t d_sae, int64_t k, Key* keys, int64_t room, T* values,
-                        int32_t* indices) {
+                        int64_t d_sae, Key* keys, int64_t room, const Picks<T>& picks) {
+  const int64_t k = picks.k;
   constexpr int64_t kBlock = 64;
   float dots[kBlock];
   int64_t count = 0;
@@ -124,7 +154,7 @@ void select_row_exactly(const float* x, const T* w, int64_t stride, const float*
       keys[count++] =
           make_key(b_enc ? dots[j] + b_enc[f + j] : dots[j], static_cast<int32_t>(f + j));
   }
-  write_best(keys, count, k, values, indices);
+  write_best(keys, count, picks);
 }
 
 // The defined dot product of the candidates, first of k whose intervals lie highest; then, of the
@@ -171,8 +201,8 @@ int64_t rescore(Candidates& c, const float* x, const T* w, int64_t stride, const
 
 template <typename T>
 void finish_rows(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc, int64_t n_rows,
-                 int64_t d, int64_t d_sae, int64_t k, const SelectionState& state, T* values,
-                 int32_t* indices) {
+                 int64_t d, int64_t d_sae, const SelectionState& state, const Picks<T>& all) {
+  const int64_t k = all.k;
   const T* w = static_cast<const T*>(w_enc.data);
   const int64_t room = std::max(state.capacity, 2 * k + 64);
 #pragma omp parallel
@@ -183,20 +213,18 @@ void finish_rows(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc,
     for (int64_t n = 0; n < n_rows; ++n) {
       if (state.redo[n] == kLeftOut) continue;
       load_row(static_cast<const T*>(x.data) + n * x.stride, b_dec, d, row.get());
-      T* out = values + n * k;
-      int32_t* out_index = indices + n * k;
+      const Picks<T> picks = {all.values + n * k, all.indices + n * k, k, all.relu_first};
       if (state.redo[n]) {
         bool nan = false;
         for (int64_t i = 0; i < d; ++i) nan |= row[i] != row[i];
         if (!nan) {
-          select_row_exactly(row.get(), w, w_enc.stride, b_enc, d, d_sae, k, keys.get(), room, out,
-                             out_index);
+          select_row_exactly(row.get(), w, w_enc.stride, b_enc, d, d_sae, keys.get(), room, picks);
           continue;
         }
         // Every product with this row is NaN: all latents tie, so the lowest indices win.
         for (int64_t j = 0; j < k; ++j) {
-          assign(out[j], std::numeric_limits<float>::quiet_NaN());
-          out_index[j] = static_cast<int32_t>(j);
+          assign(picks.values[j], std::numeric_limits<float>::quiet_NaN());
+          picks.indices[j] = static_cast<int32_t>(j);
         }
         continue;
       }
@@ -204,34 +232,7 @@ void finish_rows(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc,
       prune(c, k);
       const int64_t count =
           rescore(c, row.get(), w, w_enc.stride, b_enc, d, k, scratch.get(), keys.get());
-      write_best(keys.get(), count, k, out, out_index);
-    }
-  }
-}
-
-// Selection among relu(pre): what is positive (or NaN) stands first already; the places left go to
-// zeros, of which the lowest indices win. No pre-activation is needed for that.
-template <typename T>
-void relu_first_as(T* values, int32_t* indices, int64_t n_rows, int64_t k) {
-#pragma omp parallel
-  {
-    Scratch<int32_t> positive(k);
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < n_rows; ++n) {
-      T* row = values + n * k;
-      int32_t* row_indices = indices + n * k;
-      int64_t kept = 0;
-      while (kept < k && !(to_float(row[kept]) <= 0.0f)) ++kept;
-      if (kept == k) continue;
-      for (int64_t j = 0; j < kept; ++j) positive[j] = row_indices[j];
-      std::sort(positive.get(), positive.get() + kept, [](int32_t a, int32_t b) { return a < b; });
-      int64_t next = 0;
-      int32_t f = 0;
-      for (int64_t j = kept; j < k; ++j, ++f) {
-        for (; next < kept && positive[next] == f; ++next) ++f;
-        assign(row[j], 0.0f);
-        row_indices[j] = f;
-      }
+      write_best(keys.get(), count, picks);
     }
   }
 }
@@ -257,21 +258,16 @@ void select_chunk(Matrix scores, int64_t n_rows, int64_t f_begin, int64_t f_coun
 }
 
 void select_finish(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc, int64_t n,
-                   int64_t d, int64_t d_sae, int64_t k, SelectionState state, void* values,
-                   int32_t* indices) {
+                   int64_t d, int64_t d_sae, int64_t k, bool relu_first, SelectionState state,
+                   void* values, int32_t* indices) {
+  const auto finish = [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    finish_rows<T>(x, b_dec, w_enc, b_enc, n, d, d_sae, state, {typed, indices, k, relu_first});
+  };
   if (x.dtype == DType::float32)
-    finish_rows(x, b_dec, w_enc, b_enc, n, d, d_sae, k, state, static_cast<float*>(values),
-                indices);
+    finish(static_cast<float*>(values));
   else
-    finish_rows(x, b_dec, w_enc, b_enc, n, d, d_sae, k, state, static_cast<bfloat16*>(values),
-                indices);
-}
-
-void relu_first(void* values, int32_t* indices, int64_t n, int64_t k, DType dtype) {
-  if (dtype == DType::float32)
-    relu_first_as(static_cast<float*>(values), indices, n, k);
-  else
-    relu_first_as(static_cast<bfloat16*>(values), indices, n, k);
+    finish(static_cast<bfloat16*>(values));
 }
 
 }  // namespace FASTSAE_ISA

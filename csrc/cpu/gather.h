@@ -1,8 +1,11 @@
-// out[d] (+)= sum_j weight(j) * (rows[index(j)][d] - shift[d]), in the order of j, as one chain of
-// fused multiply-adds for each d. Four rows are taken at a time so that the running sum, which
-// lives in the first-level cache, is loaded and stored once for four rows; the next four are
-// prefetched (the rows lie anywhere in a matrix of tens of megabytes, where hardware prefetch
-// cannot guess).
+// out[d] += sum_j weight(j) * (rows[index(j)][d] - shift[d]), in the order of j.
+//
+// Eight rows are summed by a chain of fused multiply-adds from zero, and their sum is added to the
+// running one: against a single chain over all rows, an eighth of the roundings is of the size of
+// the whole sum (at k = 80 the largest error of a decode falls from 2.0 times that of the dense
+// product to 0.8), and the running sum, which lives in the first-level cache, is loaded and
+// stored once for eight rows. The next eight are prefetched: the rows lie anywhere in a matrix of
+// tens of megabytes, where hardware prefetch cannot guess.
 #pragma once
 
 #include "fastsae/simd.h"
@@ -15,25 +18,23 @@ inline F16 shifted(F16 lanes, const float* shift) {
   return kShifted ? sub(lanes, load(shift)) : lanes;
 }
 
-template <bool kShifted, typename T>
-inline void add_four_rows(const float weight[4], const T* const row[4], const float* shift,
-                          int64_t d, float* out) {
-  const F16 w0 = broadcast(weight[0]), w1 = broadcast(weight[1]);
-  const F16 w2 = broadcast(weight[2]), w3 = broadcast(weight[3]);
+template <int kRows, bool kShifted, typename T>
+inline void add_block(const float* weight, const T* const* row, const float* shift, int64_t d,
+                      float* out) {
+  F16 w[kRows];
+  for (int l = 0; l < kRows; ++l) w[l] = broadcast(weight[l]);
   int64_t i = 0;
   for (; i + kLanes <= d; i += kLanes) {
-    F16 sum = load(out + i);
-    sum = fma(w0, shifted<kShifted>(load(row[0] + i), shift + i), sum);
-    sum = fma(w1, shifted<kShifted>(load(row[1] + i), shift + i), sum);
-    sum = fma(w2, shifted<kShifted>(load(row[2] + i), shift + i), sum);
-    sum = fma(w3, shifted<kShifted>(load(row[3] + i), shift + i), sum);
-    store(out + i, sum);
+    F16 sum = mul(w[0], shifted<kShifted>(load(row[0] + i), shift + i));
+    for (int l = 1; l < kRows; ++l)
+      sum = fma(w[l], shifted<kShifted>(load(row[l] + i), shift + i), sum);
+    store(out + i, add(load(out + i), sum));
   }
   for (; i < d; ++i) {
     const float s = kShifted ? shift[i] : 0.0f;
-    float sum = out[i];
-    for (int64_t l = 0; l < 4; ++l) sum = std::fma(weight[l], to_float(row[l][i]) - s, sum);
-    out[i] = sum;
+    float sum = weight[0] * (to_float(row[0][i]) - s);
+    for (int l = 1; l < kRows; ++l) sum = std::fma(weight[l], to_float(row[l][i]) - s, sum);
+    out[i] += sum;
   }
 }
 
@@ -52,20 +53,32 @@ inline void add_row(float weight, const T* row, const float* shift, int64_t d, f
 template <bool kShifted, typename T, typename Weight, typename Index>
 inline void add_weighted_rows(const T* rows, int64_t stride, int64_t d, const float* shift,
                               int64_t count, Weight weight, Index index, float* out) {
-  int64_t j = 0;
-  for (; j + 4 <= count; j += 4) {
-    float w[4];
-    const T* row[4];
-    for (int64_t l = 0; l < 4; ++l) {
+  constexpr int64_t kBlock = 8;
+  float w[kBlock];
+  const T* row[kBlock];
+  for (int64_t j = 0; j < count; j += kBlock) {
+    const int64_t block = count - j < kBlock ? count - j : kBlock;
+    for (int64_t l = 0; l < block; ++l) {
       w[l] = weight(j + l);
       row[l] = rows + static_cast<int64_t>(index(j + l)) * stride;
-      if (j + 4 + l < count)
-        prefetch_row(rows + static_cast<int64_t>(index(j + 4 + l)) * stride, d);
+      if (j + kBlock + l < count)
+        prefetch_row(rows + static_cast<int64_t>(index(j + kBlock + l)) * stride, d);
     }
-    add_four_rows<kShifted>(w, row, shift, d, out);
+    if (block == kBlock) {
+      add_block<kBlock, kShifted>(w, row, shift, d, out);
+      continue;
+    }
+    int64_t at = 0;
+    if (block & 4) {
+      add_block<4, kShifted>(w, row, shift, d, out);
+      at = 4;
+    }
+    if (block & 2) {
+      add_block<2, kShifted>(w + at, row + at, shift, d, out);
+      at += 2;
+    }
+    if (block & 1) add_row<kShifted>(w[at], row[at], shift, d, out);
   }
-  for (; j < count; ++j)
-    add_row<kShifted>(weight(j), rows + static_cast<int64_t>(index(j)) * stride, shift, d, out);
 }
 
 template <typename T>

@@ -12,9 +12,8 @@ void pack_rows(Matrix rows, const float* shift, int64_t n, int64_t d, void* pack
 void select_chunk(Matrix scores, int64_t n, int64_t f_begin, int64_t f_count, const float* b_enc,
                   ScreenBounds bounds, int64_t k, SelectionState state);
 void select_finish(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc, int64_t n,
-                   int64_t d, int64_t d_sae, int64_t k, SelectionState state, void* values,
-                   int32_t* indices);
-void relu_first(void* values, int32_t* indices, int64_t n, int64_t k, DType dtype);
+                   int64_t d, int64_t d_sae, int64_t k, bool relu_first, SelectionState state,
+                   void* values, int32_t* indices);
 void decode(const void* values, Codes codes, Matrix w_dec, int64_t d, const float* b_dec,
             MutableMatrix out);
 void squared_error(const void* values, Codes codes, Matrix w_dec, int64_t d, const float* b_dec,

@@ -14,7 +14,6 @@ const KernelTable table = {
     pack_rows,
     select_chunk,
     select_finish,
-    relu_first,
     decode,
     squared_error,
     sampled_dot,

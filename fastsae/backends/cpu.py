@@ -79,9 +79,7 @@ def encode_topk(
     values = x.new_empty(x.shape[0], k)
     indices = torch.empty(x.shape[0], k, dtype=torch.int32)
     if x.shape[0]:
-        Screen(x, w_enc, floats(b_enc), floats(b_dec), k).run(values, indices)
-    if relu_first:
-        native.cpu.relu_first(address(values), address(indices), x.shape[0], k, _DTYPES[x.dtype])
+        Screen(x, w_enc, floats(b_enc), floats(b_dec), k, relu_first).run(values, indices)
     return values, indices
 
 

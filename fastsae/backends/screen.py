@@ -124,9 +124,11 @@ class Screen:
         b_enc: Tensor | None,
         b_dec: Tensor | None,
         k: int,
+        relu_first: bool = False,
         dtype: torch.dtype | None = None,
     ):
-        self.x, self.w_enc, self.b_enc, self.b_dec, self.k = x, w_enc, b_enc, b_dec, k
+        self.x, self.w_enc, self.b_enc, self.b_dec = x, w_enc, b_enc, b_dec
+        self.k, self.relu_first = k, relu_first
         self.dtype = dtype or screen_dtype()
         self.d_sae = w_enc.shape[0]
         self.exhaustive = self.d_sae < max(_FEWEST_LATENTS, _FEWEST_LATENTS_PER_PICK * k)
@@ -151,7 +153,9 @@ class Screen:
                 overflowed = self._overflowed(state, x.shape[0])
             self._finish(x, state, values[block], indices[block])
             if overflowed is not None:
-                again = Screen(x[overflowed], self.w_enc, self.b_enc, self.b_dec, self.k, torch.float32)
+                again = Screen(
+                    x[overflowed], self.w_enc, self.b_enc, self.b_dec, self.k, self.relu_first, torch.float32
+                )
                 better = values.new_empty(len(overflowed), self.k), indices.new_empty(len(overflowed), self.k)
                 again.run(*better)
                 values[block][overflowed], indices[block][overflowed] = better
@@ -195,5 +199,5 @@ class Screen:
         native.cpu.select_finish(
             _address(x), x.stride(0), _DTYPES[x.dtype], _address(self.b_dec), _address(self.w_enc),
             self.w_enc.stride(0), _address(self.b_enc), x.shape[0], x.shape[1], self.d_sae, self.k,
-            *state.arguments(), _address(values), _address(indices),
+            self.relu_first, *state.arguments(), _address(values), _address(indices),
         )  # fmt: skip

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fastsae.saes import TopKSAE
 
@@ -27,8 +26,9 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, places: Tenso
 
 
 def decode(values: Tensor, W_dec: Tensor, b_dec: Tensor, places: Tensor) -> Tensor:
-    """Values [n, k] at rows `places` [n, k] of W_dec: what plain PyTorch has for sparse codes, terms in their order."""
-    return functional.embedding_bag(places, W_dec, per_sample_weights=values, mode="sum") + b_dec
+    """Values [n, k] at rows `places` [n, k] of W_dec, as a dense product."""
+    codes = values.new_zeros(values.shape[0], W_dec.shape[0]).scatter_add_(1, places, values)
+    return codes @ W_dec + b_dec
 
 
 def squared_error(values: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:

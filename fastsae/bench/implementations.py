@@ -14,6 +14,7 @@ from fastsae.bench import work
 from fastsae.bench.problem import Problem
 from fastsae.bench.shapes import Shape
 from fastsae.ops import encode_topk
+from fastsae.training import update
 
 
 class Implementation(abc.ABC):
@@ -117,19 +118,13 @@ class FastSAE(Implementation):
         return sae.W_enc.grad.T, sae.b_enc.grad, sae.W_dec.grad, sae.b_dec.grad
 
     def update(self, problem: Problem) -> None:
-        hooks = problem.sae.register_optimizer_hooks(problem.optimizer)
-        try:
-            problem.optimizer.step()
-        finally:
-            for hook in hooks:
-                hook.remove()
+        update(problem.sae, problem.optimizer)
 
     def work(self, shape: Shape, itemsize: int) -> dict[str, work.Work]:
         return work.sparse_phases(shape, itemsize)
 
     def working_set(self, shape: Shape, itemsize: int) -> int:
-        # torch's Adam copies the gradient of W_enc.
-        return (8 * shape.n_tokens + shape.d_sae) * shape.d_in * itemsize
+        return 8 * shape.n_tokens * shape.d_in * itemsize
 
 
 class FusedAdamSAE(FastSAE):

@@ -109,15 +109,25 @@ class FusedAdam(torch.optim.Optimizer):
     def _adam(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
         group = self.param_groups[0]
         states = [self.state[p] for p in parameters]
-        # torch's function counts the step itself.
-        steps = [state["step"] - 1 for state in states]
+        # torch's kernel for CPUs would copy a gradient that is not contiguous.
+        parameters, gradients, *moments = (
+            [t if t.is_contiguous() else t.T for t in tensors]
+            for tensors in (
+                parameters,
+                gradients,
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+            )
+        )
         adam(
             parameters,
             gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            *moments,
             [],
-            steps,
+            # torch's function counts the step itself.
+            [state["step"] - 1 for state in states],
+            # On other devices it would want the step counts there.
+            fused=parameters[0].device.type == "cpu",
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

@@ -208,7 +208,10 @@ class SAE(
             project_rows_(self.W_dec.grad, self.W_dec)
 
     def register_optimizer_hooks(self, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-        """Makes each `optimizer.step()` project W_dec's gradient before and normalise W_dec after; returns handles."""
+        """Makes each `optimizer.step()` project W_dec's gradient before and normalise W_dec after; returns handles.
+
+        For loops that are not one's own; in one's own, `fastsae.training.update` does the same and takes less memory.
+        """
         before = optimizer.register_step_pre_hook(lambda *_: self.project_decoder_grad_())
         after = optimizer.register_step_post_hook(lambda *_: self.normalize_decoder_())
         return before, after

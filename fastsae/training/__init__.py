@@ -3,5 +3,6 @@
 from fastsae.training.config import TrainConfig
 from fastsae.training.schedule import warmup_and_decay
 from fastsae.training.trainer import Trainer, TrainSummary
+from fastsae.training.update import update
 
-__all__ = ["TrainConfig", "TrainSummary", "Trainer", "warmup_and_decay"]
+__all__ = ["TrainConfig", "TrainSummary", "Trainer", "update", "warmup_and_decay"]

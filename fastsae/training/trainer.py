@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from fastsae.optim import FusedAdam
@@ -24,6 +24,7 @@ from fastsae.training.optimizer_state import parameter_names
 from fastsae.training.progress import ProgressBar, progress_bar
 from fastsae.training.record import Record, measure
 from fastsae.training.schedule import warmup_and_decay
+from fastsae.training.update import update
 
 # The settings of OpenAI's sparse_autoencoder/train.py; its betas are torch's.
 OPENAI_ADAM = {"betas": (0.9, 0.999), "eps": 6.25e-10}
@@ -55,9 +56,7 @@ class Trainer:
     """Trains an SAE with any torch optimizer.
 
     A step is: loss, backward, projection of the decoder's gradient, clipping, optimizer, unit decoder rows, learning
-    rate. The projection comes before clipping, as in OpenAI's train.py (`training_loop_`): the part that it takes away
-    would be undone by the unit rows, and should not shrink the rest. The trainer does both decoder steps itself, so
-    `sae.register_optimizer_hooks` is not needed.
+    rate (see `fastsae.training.update`). `sae.register_optimizer_hooks` is not needed.
 
     Args:
         sae: the SAE to train, on its device.
@@ -212,11 +211,7 @@ class Trainer:
             self.optimizer.zero_grad()
             loss = self.sae.loss(x)
             loss.total.backward()
-            self.sae.project_decoder_grad_()
-            if self.config.clip_grad_norm is not None:
-                grad_norm = clip_grad_norm_(self.sae.parameters(), self.config.clip_grad_norm)
-            self.optimizer.step()
-            self.sae.normalize_decoder_()
+            grad_norm = update(self.sae, self.optimizer, self.config.clip_grad_norm)
         self.scheduler.step()
         self.step += 1
         self.tokens += loss.codes.n_tokens

@@ -21,7 +21,7 @@ PATHS = {0: "screened", 1: "exhaustive", 2: "overflowed", 3: "left_out"}
 
 
 def run(x, w_enc, b_enc=None, b_dec=None, k=8, *, dtype=None, exhaustive=None):
-    screen = Screen(x, w_enc, b_enc, b_dec, k, dtype)
+    screen = Screen(x, w_enc, b_enc, b_dec, k, dtype=dtype)
     if exhaustive is not None:
         screen.exhaustive = exhaustive
     values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int32)
