@@ -37,8 +37,8 @@ def table(folder: Path = RESULTS) -> str:
     lines = [
         _heading(path, result, measurement),
         "",
-        "| phase | implementation | ms | encoder GEMMs | peak memory |",
-        "|---|---|--:|--:|--:|",
+        "| phase | implementation | precision | ms | encoder GEMMs | peak memory |",
+        "|---|---|---|--:|--:|--:|",
     ]
     for phase, name in PHASES.items():
         rows = [row for row in measurement.rows if row.phase == phase]
@@ -63,7 +63,7 @@ def _heading(path: Path, result: Result, measurement: Measurement) -> str:
 def _line(phase: str, row: Row) -> str:
     memory = "" if row.peak_memory is None else f"{row.peak_memory / 2**20:,.1f} MiB"
     name = f"**{row.implementation}**" if row.implementation.startswith("fastsae") else row.implementation
-    return f"| {phase} | {name} | {row.p50 * 1e3:,.1f} | {row.over_gemm:.2f} | {memory} |"
+    return f"| {phase} | {name} | {row.precision} | {row.p50 * 1e3:,.1f} | {row.over_gemm:.2f} | {memory} |"
 
 
 def inserted(text: str, block: str) -> str:

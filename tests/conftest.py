@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 import torch
 
+from fastsae.backends import recycled
 from fastsae.testing import backend_dtypes, backends
 
 # The same examples on every run, so that a failure belongs to a change; HYPOTHESIS_PROFILE=explore looks for new ones.
@@ -40,7 +41,8 @@ def _poisoned(allocate):
 def _poisoned_allocations():
     """A kernel that leaves a part of its result unwritten, or reads scratch memory first, is found out."""
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        allocators = (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (recycled, "empty")
+        for owner, name in allocators:
             patch.setattr(owner, name, _poisoned(getattr(owner, name)))
         yield
 

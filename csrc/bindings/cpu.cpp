@@ -41,6 +41,17 @@ fastsae::SelectionState state(Address lower, Address upper, Address indices, Add
           capacity};
 }
 
+struct Memory {
+  explicit Memory(py::ssize_t size)
+      : data(fastsae::take_memory(static_cast<size_t>(size))), bytes(size) {}
+  ~Memory() { fastsae::give_memory(data, static_cast<size_t>(bytes)); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  void* data;
+  py::ssize_t bytes;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -57,8 +68,11 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("max_threads", [] { return fastsae::max_threads(); });
 
-  m.def("advise_huge_pages",
-        [](Address data, int64_t bytes) { fastsae::advise_huge_pages(at<void>(data), bytes); });
+  py::class_<Memory>(m, "Memory", py::buffer_protocol(), "Bytes that go back when it is deleted.")
+      .def(py::init<py::ssize_t>(), py::arg("bytes"))
+      .def_buffer([](Memory& memory) {
+        return py::buffer_info(static_cast<uint8_t*>(memory.data), memory.bytes);
+      });
   m.def(
       "pack_rows",
       [](Address rows, int64_t stride, int dtype, Address shift, int64_t n, int64_t d,

@@ -2,6 +2,8 @@
 // file.
 #pragma once
 
+#include <cstddef>
+
 #include "fastsae/abi.h"
 
 namespace fastsae {
@@ -37,8 +39,10 @@ void transpose(Codes codes, int64_t d_sae, int64_t* offsets, int32_t* tokens, in
 // Whether every index lies in [0, d_sae).
 bool indices_within(const int32_t* indices, int64_t nnz, int64_t d_sae);
 
-// Asks the system for large pages under memory about to be written for the first time.
-void advise_huge_pages(void* data, int64_t bytes);
+// Memory for a large result, as it was left; std::bad_alloc if there is none. Goes back with its
+// size.
+void* take_memory(size_t bytes);
+void give_memory(void* data, size_t bytes);
 
 // The table in use: the widest that the processor has, or the one that `select_isa` chose.
 const KernelTable& kernels();

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastsae.backends import native
+from fastsae.backends import native, recycled
 from fastsae.backends.screen import Screen
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -150,8 +150,7 @@ def accumulate_rows(
 ) -> tuple[Tensor, Tensor]:
     values, g, shift, row_scale = values.contiguous(), rows_of(g), floats(shift), floats(row_scale)
     d_sae = latent_offsets.numel() - 1
-    out = g.new_empty(d_sae, g.shape[1])
-    native.cpu.advise_huge_pages(address(out), out.nbytes)
+    out = recycled.empty((d_sae, g.shape[1]), g.dtype)
     sums = g.new_empty(d_sae)
     native.cpu.accumulate_rows(
         address(values), address(latent_offsets), address(tokens), address(entries), d_sae, address(g),
