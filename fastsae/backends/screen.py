@@ -17,7 +17,7 @@ from fastsae.backends import native
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 # Scores of one chunk: 1,024 rows x 512 latents are 1 MiB in bfloat16 and stay in the second-level cache between
-# the GEMM and the selection; halves of either cost the GEMM more in packing (benchmarks/results, encode chunks).
+# the GEMM and the selection; halves of either cost the GEMM more in packing.
 _ROWS = 1024
 _LATENTS = 512
 # Below this many latents, or this many a pick, screening saves nothing: every value is computed.
