@@ -37,6 +37,8 @@ class Backend:
         """The floating dtypes that it computes in."""
         if self.name == "cpu":
             return (torch.float32, torch.bfloat16)
+        if self.name == "triton":
+            return (torch.float32, torch.bfloat16, torch.float16)
         return (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
     @contextlib.contextmanager
@@ -56,13 +58,17 @@ class Backend:
 
 
 def backends() -> list[Backend]:
-    """Plain PyTorch, then the native code with each instruction set that this machine can run.
+    """Plain PyTorch, the native code with each instruction set that this machine can run, and Triton's interpreter.
+
+    The last only where TRITON_INTERPRET=1.
 
     FASTSAE_TEST_BACKENDS picks some by name: `torch`, `cpu` (all of them) or `cpu-avx2`, separated by commas.
     """
     known = [Backend("torch")]
     if native.cpu is not None:
         known += [Backend("cpu", isa) for isa, _, runs_here in native.cpu.isas() if runs_here]
+    if not dispatch.BACKENDS["triton"].why_not("decode", torch.device("cpu"), torch.float32):
+        known.append(Backend("triton"))
     wanted = [name.strip() for name in os.environ.get("FASTSAE_TEST_BACKENDS", "").split(",") if name.strip()]
     for name in wanted:
         if not any(name in (str(backend), backend.name) for backend in known):

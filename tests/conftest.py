@@ -8,6 +8,10 @@ import hypothesis
 import pytest
 import torch
 
+# Triton reads it when a kernel is defined, so before any is.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from fastsae.backends import recycled
 from fastsae.testing import backend_dtypes, backends
 

@@ -10,8 +10,9 @@ import torch
 
 from fastsae.backends import cpu as cpu_backend
 from fastsae.backends import torch as torch_backend
+from fastsae.backends import triton as triton_backend
 
-BACKENDS: dict[str, ModuleType] = {"torch": torch_backend, "cpu": cpu_backend}
+BACKENDS: dict[str, ModuleType] = {"torch": torch_backend, "cpu": cpu_backend, "triton": triton_backend}
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,11 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
         if why_not:
             raise ValueError(f"backend {name!r} ({reason}) cannot run {op}: {why_not}")
         return Choice(name, reason)
-    why_not = cpu_backend.why_not(op, device, dtype)
-    if not why_not:
-        return Choice("cpu", f"native kernels for {dtype} on a CPU")
-    return Choice("torch", why_not)
+    if device.type == "cpu":
+        why_not = cpu_backend.why_not(op, device, dtype)
+        return Choice("torch", why_not) if why_not else Choice("cpu", f"native kernels for {dtype} on a CPU")
+    why_not = triton_backend.why_not(op, device, dtype)
+    return Choice("torch", why_not) if why_not else Choice("triton", f"Triton kernels for {dtype} on {device.type}")
 
 
 def call(op: str, device: torch.device, dtype: torch.dtype, *args):
@@ -76,7 +78,7 @@ class _Override(contextlib.AbstractContextManager):
 def backend(name: str | None) -> contextlib.AbstractContextManager:
     """Sends every operator to one backend, from now on or, as a context manager, for a while.
 
-    `name` is "torch" or "cpu"; None gives the choice back to fastsae. Raises ValueError for an unknown name;
+    `name` is "torch", "cpu" or "triton"; None gives the choice back to fastsae. Raises ValueError for an unknown name;
     a call that the backend cannot serve raises ValueError then.
     """
     global _override
