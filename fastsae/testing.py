@@ -24,33 +24,35 @@ from fastsae.codes import SparseCodes
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run every operator: a backend's name and, for native code, the instruction set."""
+    """One way to run every operator: a backend's name, for native code the instruction set, and where tensors are."""
 
     name: str
     isa: str | None = None
+    device: str = "cpu"
 
     def __str__(self) -> str:
-        return self.name if self.isa is None else f"{self.name}-{self.isa}"
+        parts = self.name, self.isa, self.device if self.device != "cpu" else None
+        return "-".join(part for part in parts if part)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """The floating dtypes that it computes in."""
         if self.name == "cpu":
             return (torch.float32, torch.bfloat16)
-        if self.name == "triton":
+        if self.name in ("triton", "cuda"):
             return (torch.float32, torch.bfloat16, torch.float16)
         return (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Sends every operator here for a while."""
+        """Sends every operator here for a while; tensors that name no device are made on this one."""
         previous = None
         if self.isa is not None:
             previous = native.cpu.isa()
             if not native.cpu.select_isa(self.isa):
                 raise ValueError(f"{self}: this build or processor has no {self.isa}")
         try:
-            with dispatch.backend(self.name):
+            with dispatch.backend(self.name), torch.device(self.device):
                 yield
         finally:
             if previous is not None:
@@ -58,17 +60,23 @@ class Backend:
 
 
 def backends() -> list[Backend]:
-    """Plain PyTorch, the native code with each instruction set that this machine can run, and Triton's interpreter.
+    """Every way to run an operator on this machine.
 
-    The last only where TRITON_INTERPRET=1.
-
-    FASTSAE_TEST_BACKENDS picks some by name: `torch`, `cpu` (all of them) or `cpu-avx2`, separated by commas.
+    Plain PyTorch, the native code with each instruction set, and, with a GPU, plain PyTorch, Triton and CUDA there;
+    without one, Triton in its interpreter if TRITON_INTERPRET=1. FASTSAE_TEST_BACKENDS picks some by name: `torch`,
+    `cpu` (all instruction sets), `cpu-avx2` or `triton-cuda`, separated by commas.
     """
     known = [Backend("torch")]
     if native.cpu is not None:
         known += [Backend("cpu", isa) for isa, _, runs_here in native.cpu.isas() if runs_here]
-    if not dispatch.BACKENDS["triton"].why_not("decode", torch.device("cpu"), torch.float32):
-        known.append(Backend("triton"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        known.append(Backend("torch", device=device))
+    for name in ("triton", "cuda"):
+        if name in dispatch.BACKENDS and not dispatch.BACKENDS[name].why_not(
+            "decode", torch.device(device), torch.float32
+        ):
+            known.append(Backend(name, device=device))
     wanted = [name.strip() for name in os.environ.get("FASTSAE_TEST_BACKENDS", "").split(",") if name.strip()]
     for name in wanted:
         if not any(name in (str(backend), backend.name) for backend in known):
@@ -161,7 +169,7 @@ def random_codes(
 
     No place occurs twice in a token.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     places = torch.rand(n_tokens, d_sae, generator=generator).argsort(dim=1).int()
     if k is not None:
         values = torch.randn(n_tokens, k, generator=generator)

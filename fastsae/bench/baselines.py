@@ -13,7 +13,7 @@ from torch.nn import functional
 from fastsae.backends import native
 from fastsae.backends.screen import screen_dtype
 from fastsae.bench import work
-from fastsae.bench.implementations import FastSAE, FusedAdamSAE, Implementation
+from fastsae.bench.implementations import CPU, FastSAE, FusedAdamSAE, Implementation
 from fastsae.bench.problem import Problem
 from fastsae.bench.shapes import Shape
 
@@ -28,7 +28,8 @@ class Dense(Implementation):
 
     name = "dense"
 
-    def __init__(self, dtype: torch.dtype, *, autocast: bool = False):
+    def __init__(self, dtype: torch.dtype, *, autocast: str | None = None):
+        """`autocast` names the device type on which products are made in bfloat16."""
         self.autocast = autocast
         self.precision = "bfloat16 products, float32 sums" if autocast else _name(dtype)
         self.ranked_in = torch.bfloat16 if autocast else dtype
@@ -36,7 +37,7 @@ class Dense(Implementation):
             self.name = "dense autocast"
 
     def context(self) -> contextlib.AbstractContextManager:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast)
+        return torch.autocast(self.autocast or "cpu", dtype=torch.bfloat16, enabled=self.autocast is not None)
 
     def picks(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
         W_enc, b_enc, _, b_dec = problem.plain
@@ -57,12 +58,15 @@ class Dense(Implementation):
     def gradients(self, problem: Problem) -> tuple[Tensor, ...]:
         return tuple(parameter.grad for parameter in problem.plain)
 
+    def optimizer(self, problem: Problem) -> torch.optim.Optimizer:
+        return problem.plain_optimizer
+
     @torch.no_grad()
     def update(self, problem: Problem) -> None:
         W_dec = problem.plain.W_dec
         along = torch.linalg.vecdot(W_dec.grad, W_dec)
         W_dec.grad.addcmul_(W_dec, along[:, None], value=-1)
-        problem.plain_optimizer.step()
+        self.optimizer(problem).step()
         W_dec.div_(W_dec.norm(dim=1, keepdim=True))
 
     def work(self, shape: Shape, itemsize: int) -> dict[str, work.Work]:
@@ -130,13 +134,28 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def contestants(dtype: torch.dtype) -> list[Implementation]:
-    """Every implementation that is compared for parameters of `dtype`, fastsae's first."""
-    chosen: list[Implementation] = [FastSAE(dtype), FusedAdamSAE(dtype)]
-    if native.cpu is not None and screen_dtype() != torch.float32:
-        chosen.append(FastSAE(dtype, screen="float32"))
+class DefaultAdam(Dense):
+    """The dense step with Adam as PyTorch has it by default, which is what most trainers run."""
+
+    trains_only = True
+
+    def __init__(self, dtype: torch.dtype, *, autocast: str | None = None):
+        super().__init__(dtype, autocast=autocast)
+        self.name += ", default Adam"
+
+    def optimizer(self, problem: Problem) -> torch.optim.Optimizer:
+        return problem.plain_default_optimizer
+
+
+def contestants(dtype: torch.dtype, device: torch.device = CPU) -> list[Implementation]:
+    """Every implementation that is compared for parameters of `dtype` on `device`, fastsae's first."""
+    chosen: list[Implementation] = [FastSAE(dtype, device), FusedAdamSAE(dtype, device)]
+    if device.type == "cpu" and native.cpu is not None and screen_dtype() != torch.float32:
+        chosen.append(FastSAE(dtype, device, screen="float32"))
     chosen.append(Dense(dtype))
     if dtype == torch.float32:
-        chosen.append(Dense(dtype, autocast=True))
+        chosen.append(Dense(dtype, autocast=device.type))
+    if device.type != "cpu":
+        chosen.append(DefaultAdam(dtype, autocast=device.type if dtype == torch.float32 else None))
     chosen.append(EmbeddingBag(dtype))
     return chosen

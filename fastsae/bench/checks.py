@@ -18,7 +18,7 @@ _LOOSE = 2.0**-5
 
 def same_bits(problem: Problem, implementation: FastSAE) -> str:
     """Selection and values of all tokens are those of the default screen to the bit, which repeats itself."""
-    default = FastSAE(problem.dtype)
+    default = FastSAE(problem.dtype, problem.x.device)
     with torch.no_grad():
         codes, *others = (it.encode(problem, problem.x) for it in (default, default, implementation))
     for other in others:
@@ -175,7 +175,7 @@ def _hold(
 
 def _fired(latents: Tensor, *by_latent: Tensor) -> list[Tensor]:
     """The rows of `latents`; every other row must be zero."""
-    idle = torch.ones(len(by_latent[0]), dtype=torch.bool).index_fill(0, latents, False)
+    idle = torch.ones(len(by_latent[0]), dtype=torch.bool, device=latents.device).index_fill(0, latents, False)
     for rows in by_latent:
         assert not rows[idle].any(), "a latent that did not fire has a gradient"
     return [rows[latents] for rows in by_latent]
@@ -183,7 +183,7 @@ def _fired(latents: Tensor, *by_latent: Tensor) -> list[Tensor]:
 
 def loss(problem: Problem, implementation: Implementation) -> str:
     with torch.no_grad():
-        ours = FastSAE(problem.dtype).loss(problem, problem.x).item()
+        ours = FastSAE(problem.dtype, problem.x.device).loss(problem, problem.x).item()
         theirs = implementation.loss(problem, problem.x).item()
     assert abs(theirs - ours) <= _LOOSE * ours, f"loss {theirs:.5g}, in the dtype under test {ours:.5g}"
     return f"loss {theirs:.5g}, in the dtype under test {ours:.5g}"

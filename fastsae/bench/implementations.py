@@ -16,6 +16,8 @@ from fastsae.bench.shapes import Shape
 from fastsae.ops import encode_topk
 from fastsae.training import update
 
+CPU = torch.device("cpu")
+
 
 class Implementation(abc.ABC):
     """One way to encode, decode and train; all of them on the numbers of one Problem."""
@@ -75,10 +77,12 @@ class FastSAE(Implementation):
 
     name = "fastsae"
 
-    def __init__(self, dtype: torch.dtype, *, screen: str | None = None):
+    def __init__(self, dtype: torch.dtype, device: torch.device = CPU, *, screen: str | None = None):
         self.screen = screen
-        used = screen or str(screen_dtype()).removeprefix("torch.")
-        self.precision = f"{str(dtype).removeprefix('torch.')} (screen {used})"
+        self.precision = str(dtype).removeprefix("torch.")
+        if device.type == "cpu":
+            used = screen or str(screen_dtype()).removeprefix("torch.")
+            self.precision += f" (screen {used})"
         if screen is not None:
             self.name = f"fastsae, {screen} screen"
 

@@ -1,5 +1,6 @@
 """What a timing depends on beside the code: hardware, versions, commit."""
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -15,11 +16,14 @@ from fastsae.backends.screen import screen_dtype
 # Of the processor's flags, those that decide which kernels run.
 _FLAG_PREFIXES = ("sse4", "avx", "amx", "fma", "f16c", "vnni", "neon", "asimd", "sve", "bf16", "i8mm")
 
+_CPU = torch.device("cpu")
 
-def describe() -> dict[str, Any]:
-    """Processor, memory and what fastsae uses of them, as JSON can hold it."""
+
+def describe(device: torch.device = _CPU) -> dict[str, Any]:
+    """Processor, memory and what fastsae uses of them, as JSON can hold it; the GPU too if `device` is one."""
     model, flags = _processor()
     return {
+        "gpu": _gpu(device) if device.type == "cuda" else None,
         "cpu": model,
         "architecture": platform.machine(),
         "cores": _cores(),
@@ -32,13 +36,32 @@ def describe() -> dict[str, Any]:
     }
 
 
+def _gpu(device: torch.device) -> dict[str, Any]:
+    about = torch.cuda.get_device_properties(device)
+    return {
+        "name": about.name,
+        "compute_capability": f"{about.major}.{about.minor}",
+        "memory_bytes": about.total_memory,
+        "multiprocessors": about.multi_processor_count,
+        "cuda": torch.version.cuda,
+    }
+
+
 def versions() -> dict[str, Any]:
     return {
         "fastsae": fastsae.__version__,
         "torch": torch.__version__,
+        "triton": _installed("triton"),
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release()}",
     }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def commit() -> dict[str, Any] | None:
@@ -71,8 +94,10 @@ def total_memory() -> int | None:
         return None
 
 
-def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping; None where the system does not say."""
+def available_memory(device: torch.device = _CPU) -> int | None:
+    """Bytes that can be allocated on `device`, without swapping; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -41,11 +41,11 @@ class Problem:
     same memory. There is one set of gradients and one of optimizer state.
     """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, inputs: str = "mixture"):
+    def __init__(self, shape: Shape, dtype: torch.dtype, inputs: str = "mixture", device: torch.device | str = "cpu"):
         if inputs not in INPUTS:
             raise ValueError(f"inputs = {inputs!r}: expected one of {', '.join(INPUTS)}")
         self.shape, self.dtype, self.inputs = shape, dtype, inputs
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(_SEED)
             self.sae = TopKSAE(shape.d_in, shape.d_sae, shape.k, dtype=dtype)
             with torch.no_grad():
@@ -67,7 +67,8 @@ class Problem:
         adam = torch.optim.Adam(self.sae.parameters(), lr=_LEARNING_RATE, fused=True)
         for parameter in self.sae.parameters():
             adam.state[parameter] = {
-                "step": torch.zeros(()),
+                # torch's fused kernels count where the parameter is.
+                "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             }
@@ -84,10 +85,19 @@ class Problem:
         return adam
 
     @cached_property
+    def plain_default_optimizer(self) -> torch.optim.Optimizer:
+        """As `plain_optimizer`, on the same moments, with Adam's default implementation."""
+        adam = torch.optim.Adam(self.plain, lr=_LEARNING_RATE)
+        for parameter, state in self.plain_optimizer.state.items():
+            adam.state[parameter] = state | {"step": state["step"].cpu()}
+        return adam
+
+    @cached_property
     def fused_optimizer(self) -> FusedAdam:
-        """fastsae's optimizer, on the same state."""
+        """fastsae's optimizer, on the same moments."""
         fused = FusedAdam(self.sae, lr=_LEARNING_RATE)
-        fused.state = self.optimizer.state
+        for parameter, state in self.optimizer.state.items():
+            fused.state[parameter] = state | {"step": state["step"].cpu()}
         return fused
 
     def zero_grad(self) -> None:
@@ -105,7 +115,7 @@ class Problem:
     def sample(self) -> Tensor:
         """Up to 64 tokens spread over the batch, for the checks."""
         count = min(64, self.shape.n_tokens)
-        return torch.linspace(0, self.shape.n_tokens - 1, count).long()
+        return torch.linspace(0, self.shape.n_tokens - 1, count, device=self.x.device).long()
 
 
 def _mixture(sae: TopKSAE, shape: Shape) -> Tensor:

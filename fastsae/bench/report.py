@@ -23,6 +23,13 @@ def show(result: Result, console: Console) -> None:
         f"{versions['os']}, {result.date}",
         highlight=False,
     )
+    gpu = machine.get("gpu")
+    if gpu is not None:
+        console.print(
+            f"{gpu['name']}, {_gib(gpu['memory_bytes'])}, compute capability {gpu['compute_capability']}, "
+            f"CUDA {gpu['cuda']}, Triton {versions['triton']}",
+            highlight=False,
+        )
     load = machine["load_average"]
     if load is not None and load > 0.5 * machine["cores"]:
         console.print(f"[yellow]The load average was {load} when this began: other work makes its times noisy.")

@@ -10,7 +10,7 @@ import torch
 from fastsae.bench import cases, gate, machine, targets, timing
 from fastsae.bench.baselines import contestants
 from fastsae.bench.implementations import Implementation
-from fastsae.bench.memory import Unmeasured, peak_memory
+from fastsae.bench.memory import Unmeasured, measure_here, peak_memory
 from fastsae.bench.problem import DTYPES, Problem
 from fastsae.bench.result import Measurement, Result, Row, Skipped, Target
 from fastsae.bench.shapes import Shape
@@ -26,6 +26,7 @@ def run(
     inputs: str = "mixture",
     rounds: int = 11,
     memory: bool = True,
+    device: str = "cpu",
     progress: Callable[[str], None] = lambda message: None,
 ) -> Result:
     """Checks, times and (if `memory`) weighs every implementation at each shape.
@@ -34,11 +35,16 @@ def run(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r}: expected one of {', '.join(DTYPES)}")
+    where = torch.device(device)
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f"device = {device!r}: expected cpu or cuda")
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device = {device!r}: torch {torch.__version__} sees no CUDA device")
     if rounds < 1:
         raise ValueError(f"rounds = {rounds}: expected at least 1")
     result = Result(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        machine=machine.describe(),
+        machine=machine.describe(where),
         versions=machine.versions(),
         commit=machine.commit(),
         settings={
@@ -51,18 +57,24 @@ def run(
     )
     for shape in shapes:
         result.measurements.append(
-            _measure(shape, dtype, inputs, rounds, memory, lambda m, s=shape: progress(f"{s.name}: {m}"))
+            _measure(shape, dtype, inputs, rounds, memory, where, lambda m, s=shape: progress(f"{s.name}: {m}"))
         )
     return result
 
 
 def _measure(
-    shape: Shape, dtype: str, inputs: str, rounds: int, memory: bool, progress: Callable[[str], None]
+    shape: Shape,
+    dtype: str,
+    inputs: str,
+    rounds: int,
+    memory: bool,
+    device: torch.device,
+    progress: Callable[[str], None],
 ) -> Measurement:
-    everyone = contestants(DTYPES[dtype])
-    chosen, train, skipped = _that_fit(shape, DTYPES[dtype], everyone)
+    everyone = contestants(DTYPES[dtype], device)
+    chosen, train, skipped = _that_fit(shape, DTYPES[dtype], everyone, machine.available_memory(device))
     progress("making the problem")
-    problem = Problem(shape, DTYPES[dtype], inputs)
+    problem = Problem(shape, DTYPES[dtype], inputs, device)
     progress("checking against float64")
     checks = gate.run(problem, chosen)
     measurement = Measurement(
@@ -78,24 +90,28 @@ def _measure(
         return measurement
     measurement.l0 = problem.codes.relu().l0().double().mean().item()
     timed = cases.all_cases(problem, chosen, train)
-    samples = timing.interleave(timed, rounds, progress)
+    samples = timing.interleave(timed, rounds, progress, timing.clock_of(device))
     measurement.rows = _rows(timed, samples)
-    # Children measure memory: what this process holds would be in their way.
-    del problem, timed
+    if device.type == "cpu":
+        # Children measure memory: what this process holds would be in their way.
+        del problem
+    del timed
     gc.collect()
     for implementation in chosen if memory else []:
         progress(f"peak memory of {implementation.name}")
-        _add_memory(measurement, shape, implementation, train)
-    if targets.apply(shape, dtype):
+        if device.type == "cpu":
+            _add_memory_of_a_child(measurement, shape, implementation, train)
+        else:
+            _add_peaks(measurement, implementation, measure_here(problem, implementation, train))
+    if device.type == "cpu" and targets.apply(shape, dtype):
         measurement.targets = _targets(measurement)
     return measurement
 
 
 def _that_fit(
-    shape: Shape, dtype: torch.dtype, implementations: Sequence[Implementation]
+    shape: Shape, dtype: torch.dtype, implementations: Sequence[Implementation], available: int | None
 ) -> tuple[list[Implementation], bool, list[Skipped]]:
     """Who can run in the memory that is available, whether training can, and who cannot and why."""
-    available = machine.available_memory()
     if available is None:
         return list(implementations), True, []
     itemsize = dtype.itemsize
@@ -149,12 +165,16 @@ def _rows(timed: Sequence[cases.Case], samples: dict[tuple[str, str], timing.Sam
     return sorted(rows, key=lambda row: cases.PHASES.index(row.phase))
 
 
-def _add_memory(measurement: Measurement, shape: Shape, implementation: Implementation, train: bool) -> None:
+def _add_memory_of_a_child(measurement: Measurement, shape: Shape, implementation: Implementation, train: bool) -> None:
     try:
         peaks = peak_memory(shape, measurement.dtype, implementation.name, inputs=measurement.inputs, train=train)
     except Unmeasured as error:
         measurement.skipped.append(Skipped("peak memory", implementation.name, str(error)))
         return
+    _add_peaks(measurement, implementation, peaks)
+
+
+def _add_peaks(measurement: Measurement, implementation: Implementation, peaks: dict[str, int]) -> None:
     for phase, peak in peaks.items():
         row = measurement.row(phase, implementation.name)
         if row is not None:

@@ -21,6 +21,7 @@ def bench(
     k: Annotated[int | None, typer.Option(help="Latents a token, instead of the shape's.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     inputs: Annotated[str, typer.Option(help="mixture (of latents, as activations are) or gaussian.")] = "mixture",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     repeats: Annotated[int | None, typer.Option(help="Interleaved rounds. Default: 11.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch and fastsae. Default: torch's.")] = None,
     quick: Annotated[bool, typer.Option(help="Fewer tokens and rounds: a first look.")] = False,
@@ -47,7 +48,7 @@ def bench(
             return
         if plot is not None and out is None:
             raise ValueError("--plot draws from result files: name some, or the one to write with --out")
-        result = _measure(shape, tokens, k, dtype, inputs, repeats, threads, quick, memory)
+        result = _measure(shape, tokens, k, dtype, inputs, device, repeats, threads, quick, memory)
     except (ValueError, OSError) as error:
         typer.echo(f"fastsae bench: {error}", err=True)
         raise typer.Exit(2) from error
@@ -66,7 +67,7 @@ def bench(
             _plot_files([out], plot)
 
 
-def _measure(shape, tokens, k, dtype, inputs, repeats, threads, quick, memory):
+def _measure(shape, tokens, k, dtype, inputs, device, repeats, threads, quick, memory):
     import torch
     from rich.console import Console
 
@@ -82,7 +83,9 @@ def _measure(shape, tokens, k, dtype, inputs, repeats, threads, quick, memory):
     rounds = repeats if repeats is not None else _QUICK_ROUNDS if quick else 11
     progress = Console(stderr=True)
     with progress.status("starting") as status:
-        return run(chosen, dtype=dtype, inputs=inputs, rounds=rounds, memory=memory, progress=status.update)
+        return run(
+            chosen, dtype=dtype, inputs=inputs, rounds=rounds, memory=memory, device=device, progress=status.update
+        )
 
 
 def _plot_files(results: list[Path], plot: Path | None) -> None:

@@ -54,7 +54,7 @@ class FusedAdam(torch.optim.Optimizer):
     def _slot(self, parameter: Tensor) -> Slot:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return Slot(parameter.detach(), state["exp_avg"], state["exp_avg_sq"])

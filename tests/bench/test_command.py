@@ -93,15 +93,14 @@ def test_bad_arguments(arguments, message):
 
 
 def test_what_does_not_fit_is_skipped(monkeypatch):
-    from fastsae.bench import machine, runner, shapes
+    from fastsae.bench import runner, shapes
     from fastsae.bench.baselines import contestants
 
     everyone = contestants(torch.float32)
     shape = shapes.get_shape("gpt2-small", n_tokens=2_048)
     names = {}
     for gibibytes in (1, 2, 100):
-        monkeypatch.setattr(machine, "available_memory", lambda size=gibibytes * 2**30: size)
-        chosen, train, skipped = runner._that_fit(shape, torch.float32, everyone)
+        chosen, train, skipped = runner._that_fit(shape, torch.float32, everyone, gibibytes * 2**30)
         names[gibibytes] = {implementation.name for implementation in chosen}, train
         assert names[gibibytes][0] | {s.implementation for s in skipped} >= {it.name for it in everyone}
         assert all("GiB may be used here" in s.reason for s in skipped)

@@ -70,6 +70,6 @@ def test_machine_says_where_it_ran():
     about = machine.describe()
     assert about["cores"] >= 1
     assert about["memory_bytes"] > 2**28
-    assert set(machine.versions()) == {"fastsae", "torch", "python", "os"}
+    assert set(machine.versions()) == {"fastsae", "torch", "triton", "python", "os"}
     commit = machine.commit()
     assert commit is None or (len(commit["hash"]) == 40 and isinstance(commit["dirty"], bool))

@@ -97,7 +97,8 @@ def spoil_w(w: Tensor, how: str, at: int) -> None:
     elif how == "near_duplicates":
         # Spreads from far under to far over what a screen can tell apart.
         spread = 10.0 ** -(1 + at % 7)
-        w[f:] = w[f] * (1 + spread * torch.rand(len(w) - f, 1, generator=torch.Generator().manual_seed(at))).to(w.dtype)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(at)
+        w[f:] = w[f] * (1 + spread * torch.rand(len(w) - f, 1, generator=generator)).to(w.dtype)
     elif how == "all_negative":
         w.abs_().neg_()
 
@@ -115,7 +116,7 @@ def problems(draw, dtypes):
     d_sae = draw(st.sampled_from(widths))
     k = min(d_sae, draw(st.sampled_from([1, 2, 5, 8, 32, 70, d_sae])))
     dtype = draw(st.sampled_from(dtypes))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**31)))
     if draw(st.integers(0, 2)):
 
         def tensor(*shape):

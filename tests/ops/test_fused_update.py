@@ -11,7 +11,7 @@ HYPER = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.1, "st
 
 
 def inputs(n, d, f, k, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator).to(dtype)

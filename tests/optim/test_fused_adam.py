@@ -29,7 +29,7 @@ def plain_step(sae, optimizer, x):
 
 
 def batches(count, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     return [torch.randn(37, 24, generator=generator, dtype=torch.float32).to(dtype) for _ in range(count)]
 
 

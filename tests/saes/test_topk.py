@@ -354,7 +354,7 @@ def test_autocast_does_not_change_the_result():
 
 def test_training_learns_a_sparse_dictionary():
     """Ground truth: 64 directions in 32 dimensions, 3 active; a TopK SAE explains most of it within 300 steps."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(64, 32, generator=generator), dim=1)
     sae = fastsae.TopKSAE(32, 128, 3)
     optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
