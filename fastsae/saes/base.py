@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastsae.codes import SparseCodes
 from fastsae.ops import decode, normalize_rows_, project_rows_
 from fastsae.saes import files, normalization
+from fastsae.saes.age import AgeBound
 from fastsae.saes.initialization import SCHEMES, geometric_median, initialize
 
 
@@ -107,6 +108,7 @@ class SAE(
         self.b_dec = nn.Parameter(torch.zeros(d_in, **kind))
         self.register_buffer("activation_scale", torch.ones((), device=device, dtype=torch.float32))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, device=device, dtype=torch.int64))
+        self._oldest = AgeBound()
         if not self.W_dec.is_meta:
             initialize(self.W_enc, self.W_dec, init)
 
@@ -170,7 +172,8 @@ class SAE(
     def count_firing(self, codes: SparseCodes) -> None:
         """Updates `tokens_since_fired` [d_sae] with a batch; `loss` does so in training mode."""
         fired = codes.feature_counts() > 0
-        self.tokens_since_fired.add_(codes.n_tokens).masked_fill_(fired, 0)
+        with self._oldest.growing(self.tokens_since_fired, codes.n_tokens):
+            self.tokens_since_fired.add_(codes.n_tokens).masked_fill_(fired, 0)
 
     @torch.no_grad()
     def set_activation_scale(self, scale: float) -> None:

@@ -8,7 +8,9 @@ from torch.nn import functional
 
 from fastsae.codes import SparseCodes
 from fastsae.ops import encode_topk, sampled_dot, squared_error
+from fastsae.ops.accumulate_rows import accumulate_rows_op
 from fastsae.ops.encode import sum_of_rows
+from fastsae.ops.transpose import transposed
 from fastsae.saes.base import SAE, SAELoss, _one_of
 from fastsae.saes.registry import register
 
@@ -140,7 +142,9 @@ class TopKSAE(SAE):
         grad_values = grad_values.where(~(codes.values <= 0), 0)
         grad_b_dec = row_scale.to(x.dtype) @ residual
         if self.apply_b_dec_to_input:
-            grad_b_enc = torch.zeros_like(self.b_enc).index_add(0, codes.indices.reshape(-1), grad_values.reshape(-1))
+            # Rows of no width: only the sums of the values are wanted, and those in one order on every device.
+            latent_major = transposed(codes.indices, codes.offsets, codes.d_sae)
+            _, grad_b_enc = accumulate_rows_op(grad_values, *latent_major, x[:, :0], None, None)
             grad_b_dec -= sum_of_rows(grad_b_enc, self.W_enc.T)
         loss = SAELoss(fvu, mse, fvu, torch.zeros_like(fvu), codes)
         return loss, CodeGradients(x, residual, row_scale, grad_values, grad_b_dec)
@@ -149,8 +153,7 @@ class TopKSAE(SAE):
         """Whether the next `loss(x)` in training mode may have an AuxK term: some latent is dead, or about to be."""
         if not (self.training and self.auxk and self.auxk_coefficient):
             return False
-        oldest = int(self.tokens_since_fired.max())
-        return oldest + x.numel() // self.d_in >= self.dead_after_tokens
+        return self._oldest.reaches(self.tokens_since_fired, self.dead_after_tokens - x.numel() // self.d_in)
 
     def dead_latents(self) -> Tensor:
         """The latents that have not fired for `dead_after_tokens` tokens: int64, ascending."""
@@ -163,6 +166,8 @@ class TopKSAE(SAE):
         (`embedding(sparse=True)`), which autograd adds in place to the main loss's: nothing here is as large as d_sae.
         """
         if not self.auxk or not self.auxk_coefficient:
+            return None
+        if not self._oldest.reaches(self.tokens_since_fired, self.dead_after_tokens):
             return None
         dead = self.dead_latents()
         if not len(dead):
