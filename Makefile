@@ -1,4 +1,4 @@
-# make demo | test | lint | format | bench | wheel | clean. The first of them sets everything up: a virtual
+# make demo | test | lint | format | bench | gpu-check | wheel | clean. The first of them sets everything up: a virtual
 # environment (the active one, else .venv), the pinned packages of constraints.txt, and the native library.
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ endif
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/include/fastsae/*.h)
 
-.PHONY: demo test lint format bench wheel constraints clean
+.PHONY: demo test lint format bench gpu-check wheel constraints clean
 
 demo: $(STAMP)
 	$(BIN)/fastsae demo
@@ -35,6 +35,11 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/fastsae bench
+
+# On a machine with a GPU, in the environment that is active there: its torch is the one to be tested, so nothing is
+# set up. WHEELS names a folder of wheels for what it lacks and cannot download.
+gpu-check:
+	python3 benchmarks/gpu_check.py $(or $(OUT),gpu-check) $(if $(WHEELS),--wheels $(WHEELS))
 
 wheel: $(STAMP)
 	$(BIN)/python -m build

@@ -35,6 +35,10 @@ class Backend:
         return "-".join(part for part in parts if part)
 
     @property
+    def _names(self) -> set[str]:
+        return {str(self), self.name, *(["cuda"] if self.device == "cuda" else [])}
+
+    @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """The floating dtypes that it computes in."""
         if self.name == "cpu":
@@ -64,7 +68,7 @@ def backends() -> list[Backend]:
 
     Plain PyTorch, the native code with each instruction set, and, with a GPU, plain PyTorch, Triton and CUDA there;
     without one, Triton in its interpreter if TRITON_INTERPRET=1. FASTSAE_TEST_BACKENDS picks some by name: `torch`,
-    `cpu` (all instruction sets), `cpu-avx2` or `triton-cuda`, separated by commas.
+    `cpu` (all instruction sets), `cpu-avx2`, `triton` or `cuda` (all that runs on a GPU), separated by commas.
     """
     known = [Backend("torch")]
     if native.cpu is not None:
@@ -79,9 +83,9 @@ def backends() -> list[Backend]:
             known.append(Backend(name, device=device))
     wanted = [name.strip() for name in os.environ.get("FASTSAE_TEST_BACKENDS", "").split(",") if name.strip()]
     for name in wanted:
-        if not any(name in (str(backend), backend.name) for backend in known):
+        if not any(name in backend._names for backend in known):
             raise ValueError(f"FASTSAE_TEST_BACKENDS names {name!r}: this machine has {', '.join(map(str, known))}")
-    return [b for b in known if not wanted or str(b) in wanted or b.name in wanted]
+    return [backend for backend in known if not wanted or not backend._names.isdisjoint(wanted)]
 
 
 def backend_dtypes() -> list[tuple[Backend, torch.dtype]]:
