@@ -6,7 +6,10 @@ One module a primitive, imported when first called: Triton itself takes a second
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -38,6 +41,18 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str:
     if op != "transpose" and dtype not in _DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, not {dtype}"
     return ""
+
+
+class _Door(ModuleType):
+    """Importing `decode` would put that module where the operator of the same name is looked for."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _MODULE_OF and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Door
 
 
 def __getattr__(name: str) -> Callable:
