@@ -29,12 +29,13 @@ SHAPES = {
 
 @dataclass
 class Stage:
-    """One command with its limit; `needs` is a program without which it is left out."""
+    """One command with its limit; without the program `needs` it is left out, `backend` serves every operator."""
 
     name: str
     command: list[str]
     seconds: int
     needs: str | None = None
+    backend: str | None = None
 
 
 @dataclass
@@ -61,7 +62,7 @@ def stages(out: Path, wheels: Path | None) -> list[Stage]:
         found.append(Stage(tool, command, 40, needs="compute-sanitizer"))
     for name, size in SHAPES.items():
         bench = [python, "-m", "fastsae", "bench", "--device", "cuda", "--dtype", "float32", "--repeats", "11", *size]
-        found.append(Stage(f"bench-{name}", [*bench, "--out", str(out / f"bench-{name}.json")], 60))
+        found.append(Stage(f"bench-{name}", [*bench, "--out", str(out / f"bench-{name}.json")], 60, backend="triton"))
     return found
 
 
@@ -69,6 +70,8 @@ def run(stage: Stage, out: Path) -> Outcome:
     if stage.needs is not None and shutil.which(stage.needs) is None:
         return Outcome(stage.name, f"left out: {stage.needs} is not installed", 0.0)
     environment = os.environ | {"FASTSAE_TEST_BACKENDS": "cuda", "FASTSAE_CUDA": "1", "PYTHONUNBUFFERED": "1"}
+    if stage.backend is not None:
+        environment["FASTSAE_BACKEND"] = stage.backend
     began = time.monotonic()
     with (out / f"{stage.name}.log").open("w") as log:
         try:

@@ -15,6 +15,10 @@ from fastsae.backends import triton as triton_backend
 BACKENDS: dict[str, ModuleType] = {"torch": torch_backend, "cpu": cpu_backend, "triton": triton_backend}
 
 
+# Triton's interpreter and compiler have passed these kernels, a GPU has not.
+_UNVERIFIED = "the GPU kernels have not been verified on a GPU yet: FASTSAE_BACKEND=triton asks for them"
+
+
 @dataclass(frozen=True)
 class Choice:
     """Which backend serves a call, and why."""
@@ -55,7 +59,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
         why_not = cpu_backend.why_not(op, device, dtype)
         return Choice("torch", why_not) if why_not else Choice("cpu", f"native kernels for {dtype} on a CPU")
     why_not = triton_backend.why_not(op, device, dtype)
-    return Choice("torch", why_not) if why_not else Choice("triton", f"Triton kernels for {dtype} on {device.type}")
+    return Choice("torch", why_not or _UNVERIFIED)
 
 
 def call(op: str, device: torch.device, dtype: torch.dtype, *args):

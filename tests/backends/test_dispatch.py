@@ -70,10 +70,10 @@ def test_override_wins_over_the_environment(monkeypatch):
 
 
 def test_unknown_names(monkeypatch):
-    with pytest.raises(ValueError, match=r"name='tpu': expected one of torch, cpu"):
+    with pytest.raises(ValueError, match=r"name='tpu': expected one of torch, cpu, triton"):
         fastsae.backend("tpu")
     monkeypatch.setenv("FASTSAE_BACKEND", "tpu")
-    with pytest.raises(ValueError, match=r"FASTSAE_BACKEND='tpu': expected one of torch, cpu"):
+    with pytest.raises(ValueError, match=r"FASTSAE_BACKEND='tpu': expected one of torch, cpu, triton"):
         ran()
 
 
@@ -88,6 +88,29 @@ def test_a_backend_that_cannot_says_why():
 
 def test_why_the_cpu_backend_does_not_serve_a_gpu():
     assert "cuda" in cpu.why_not("decode", torch.device("cuda"), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_triton_serves_a_gpu_when_asked(dtype):
+    """Until a GPU has verified its kernels; choosing needs no GPU."""
+    device = torch.device("cuda")
+    choice = dispatch.choose("decode", device, dtype)
+    assert choice.backend == "torch"
+    with fastsae.backend("triton"):
+        if dtype == torch.float64:
+            with pytest.raises(ValueError, match=r"float32, bfloat16 and float16, not torch.float64"):
+                dispatch.choose("decode", device, dtype)
+        else:
+            assert dispatch.choose("decode", device, dtype).backend == "triton"
+
+
+def test_triton_serves_a_cpu_only_in_its_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with fastsae.backend("triton"), pytest.raises(ValueError, match=r"run on a CUDA device, the tensors are on cpu"):
+        dispatch.choose("decode", torch.device("cpu"), torch.float32)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with fastsae.backend("triton"), pytest.raises(ValueError, match=r"pip install triton"):
+        dispatch.choose("decode", torch.device("cuda"), torch.float32)
 
 
 def test_a_missing_library_is_named(monkeypatch):
