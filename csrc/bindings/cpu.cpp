@@ -179,7 +179,8 @@ PYBIND11_MODULE(_cpu, m) {
          int64_t x_stride, Address b_dec, int64_t d_in, int64_t d_out, int dtype,
          std::array<Address, 3> w_enc, std::array<int64_t, 3> w_enc_strides,
          std::array<Address, 3> b_enc, std::array<Address, 3> w_dec,
-         std::array<int64_t, 3> w_dec_strides, double lr, double beta1, double beta2, double eps,
+         std::array<int64_t, 3> w_dec_strides, int state_dtype, std::array<Address, 3> copies,
+         std::array<int64_t, 3> copy_strides, double lr, double beta1, double beta2, double eps,
          double weight_decay, int64_t step, bool unit_norm) {
         const double correction1 = 1 - std::pow(beta1, static_cast<double>(step));
         const double correction2 = 1 - std::pow(beta2, static_cast<double>(step));
@@ -194,15 +195,18 @@ PYBIND11_MODULE(_cpu, m) {
         update.b_dec = at<const float>(b_dec);
         update.d_in = d_in;
         update.d_out = d_out;
-        update.w_enc = mutable_matrix(w_enc[0], w_enc_strides[0], dtype);
-        update.w_enc_first = mutable_matrix(w_enc[1], w_enc_strides[1], dtype);
-        update.w_enc_second = mutable_matrix(w_enc[2], w_enc_strides[2], dtype);
-        update.b_enc = mutable_matrix(b_enc[0], 1, dtype);
-        update.b_enc_first = mutable_matrix(b_enc[1], 1, dtype);
-        update.b_enc_second = mutable_matrix(b_enc[2], 1, dtype);
-        update.w_dec = mutable_matrix(w_dec[0], w_dec_strides[0], dtype);
-        update.w_dec_first = mutable_matrix(w_dec[1], w_dec_strides[1], dtype);
-        update.w_dec_second = mutable_matrix(w_dec[2], w_dec_strides[2], dtype);
+        update.w_enc = mutable_matrix(w_enc[0], w_enc_strides[0], state_dtype);
+        update.w_enc_first = mutable_matrix(w_enc[1], w_enc_strides[1], state_dtype);
+        update.w_enc_second = mutable_matrix(w_enc[2], w_enc_strides[2], state_dtype);
+        update.b_enc = mutable_matrix(b_enc[0], 1, state_dtype);
+        update.b_enc_first = mutable_matrix(b_enc[1], 1, state_dtype);
+        update.b_enc_second = mutable_matrix(b_enc[2], 1, state_dtype);
+        update.w_dec = mutable_matrix(w_dec[0], w_dec_strides[0], state_dtype);
+        update.w_dec_first = mutable_matrix(w_dec[1], w_dec_strides[1], state_dtype);
+        update.w_dec_second = mutable_matrix(w_dec[2], w_dec_strides[2], state_dtype);
+        update.w_enc_copy = mutable_matrix(copies[0], copy_strides[0], dtype);
+        update.b_enc_copy = mutable_matrix(copies[1], copy_strides[1], dtype);
+        update.w_dec_copy = mutable_matrix(copies[2], copy_strides[2], dtype);
         update.adam = {static_cast<float>(1 - beta1),
                        static_cast<float>(beta2),
                        static_cast<float>(1 - beta2),

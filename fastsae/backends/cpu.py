@@ -206,11 +206,15 @@ def fused_update(
 ) -> None:
     values, grad_values, g, x = values.contiguous(), grad_values.contiguous(), rows_of(g), rows_of(x)
     row_scale, b_dec = floats(row_scale), floats(b_dec)
+    # The step is taken on the masters, of which the parameters are copies, or on the parameters themselves.
+    copies = [slot[0] if len(slot) == 4 else None for slot in (w_enc, b_enc, w_dec)]
+    w_enc, b_enc, w_dec = ([slot[-1], *slot[1:3]] if len(slot) == 4 else slot for slot in (w_enc, b_enc, w_dec))
     native.cpu.fused_update(
         address(values), address(grad_values), address(latent_offsets), address(tokens), address(entries),
         latent_offsets.numel() - 1, address(g), g.stride(0), address(row_scale), address(x), x.stride(0),
         address(b_dec), x.shape[1], g.shape[1], _DTYPES[g.dtype],
         [address(t) for t in w_enc], [t.stride(0) for t in w_enc], [address(t) for t in b_enc],
-        [address(t) for t in w_dec], [t.stride(0) for t in w_dec],
+        [address(t) for t in w_dec], [t.stride(0) for t in w_dec], _DTYPES[w_dec[0].dtype],
+        [address(t) for t in copies], [0 if t is None else t.stride(0) for t in copies],
         lr, beta1, beta2, eps, weight_decay, step, unit_norm,
     )  # fmt: skip

@@ -12,11 +12,20 @@ from fastsae.ops.transpose import transposed
 
 
 class Slot(NamedTuple):
-    """A parameter and its two moments, all of one shape, dtype and device."""
+    """A parameter and its two moments, all of one shape, dtype and device.
+
+    With a float32 master of a bfloat16 or float16 parameter the moments are float32 too; the parameter is then the
+    rounded master.
+    """
 
     parameter: Tensor
     first_moment: Tensor
     second_moment: Tensor
+    master: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are there."""
+        return [part for part in self if part is not None]
 
 
 def _fake(*args):
@@ -64,7 +73,8 @@ def fused_update(
         grad_values: v̄, the gradient of the loss in the codes' values, their shape.
         residual: r [n_tokens, d_out]; the gradient of the reconstruction is c_n r_n.
         x: what was encoded, [n_tokens, d_in].
-        W_enc, b_enc, W_dec: parameter and moments; W_enc [d_in, d_sae] with W_enc.T contiguous, moments alike.
+        W_enc, b_enc, W_dec: parameter, moments and perhaps a master; W_enc [d_in, d_sae] with W_enc.T contiguous, the
+            others alike.
         lr, betas, eps, weight_decay: as torch.optim.Adam.
         step: number of this step, from 1.
         b_dec, row_scale: [d_in] and [n_tokens], or None.
@@ -82,16 +92,25 @@ def fused_update(
         ("W_dec", W_dec, (d_sae, d_out)),
     ):
         for part, tensor in zip(Slot._fields, slot, strict=True):
+            if tensor is None:
+                continue
             _check.shape(f"{name}.{part}", tensor, shape, f"{shape}")
-            _check.same_kind(f"{name}.{part}", tensor, "residual", residual)
+            _check.same_device(f"{name}.{part}", tensor, "residual", residual)
+            expected = torch.float32 if slot.master is not None and part != "parameter" else residual.dtype
+            if tensor.dtype != expected:
+                raise TypeError(f"{name}.{part} has dtype {tensor.dtype}: expected {expected}")
+        if slot.master is not None and residual.dtype not in (torch.bfloat16, torch.float16):
+            raise TypeError(f"{name}.master of a {residual.dtype} parameter: expected None, its digits are all there")
+    if len({slot.master is None for slot in (W_enc, b_enc, W_dec)}) > 1:
+        raise ValueError("W_enc, b_enc and W_dec: expected all of them to have a master, or none")
     _check.shape("x", x, (codes.n_tokens, d_in), "[n_tokens, d_in], one row for each token of the codes")
     _check.shape("residual", residual, (codes.n_tokens, d_out), "[n_tokens, d_out]")
     _check.same_kind("x", x, "residual", residual)
     _check.same_kind("grad_values", grad_values, "residual", residual)
     if step < 1:
         raise ValueError(f"step = {step}: expected at least 1")
-    rows = [tensor.T for tensor in W_enc]
-    for part, tensor in zip(Slot._fields, rows, strict=True):
+    rows = [tensor.T for tensor in W_enc.tensors()]
+    for part, tensor in zip(Slot._fields, rows, strict=False):
         if not tensor.is_contiguous():
             raise ValueError(
                 f"W_enc.{part} has strides {tensor.T.stride()}: expected W_enc.T contiguous (feature-major)"
@@ -106,8 +125,8 @@ def fused_update(
         x,
         b_dec,
         rows,
-        list(b_enc),
-        list(W_dec),
+        b_enc.tensors(),
+        W_dec.tensors(),
         lr,
         *betas,
         eps,

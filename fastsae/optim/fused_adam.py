@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from fastsae.ops import Slot, fused_update
+from fastsae.ops import Slot, fused_update, normalize_rows_
 from fastsae.saes import SAELoss, TopKSAE
 
 
@@ -24,6 +24,9 @@ class FusedAdam(torch.optim.Optimizer):
     Args:
         sae: a fastsae.TopKSAE in its usual memory layout (W_enc.T contiguous).
         lr, betas, eps, weight_decay: as torch.optim.Adam.
+        master_weights: for an SAE in bfloat16 or float16, keep float32 weights and moments in the state ("master"
+            beside "exp_avg" and "exp_avg_sq"): steps too small for the parameter's 8 or 11 bits then add up instead of
+            being rounded away (Micikevicius et al. 2018, "Mixed precision training"). 14 bytes a parameter, not 6.
 
     Raises:
         TypeError: for another module.
@@ -39,6 +42,7 @@ class FusedAdam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        master_weights: bool = False,
     ):
         if not isinstance(sae, TopKSAE):
             raise TypeError(f"sae is a {type(sae).__name__}: expected a fastsae.TopKSAE")
@@ -47,17 +51,51 @@ class FusedAdam(torch.optim.Optimizer):
                 f"lr = {lr}, betas = {betas}, eps = {eps}, weight_decay = {weight_decay}: expected lr, eps and "
                 "weight_decay of at least 0 and betas in [0, 1)"
             )
+        if master_weights and sae.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"master_weights = True for an SAE in {sae.dtype}: expected one in bfloat16 or float16, whose weights "
+                "have digits to lose"
+            )
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(sae.parameters(), defaults)
         self._sae = sae
+        self._master_weights = master_weights
+        # What a parameter's version was when its master was made or written last.
+        self._versions: dict[Tensor, int] = {}
 
     def _slot(self, parameter: Tensor) -> Slot:
         state = self.state[parameter]
         if not state:
+            dtype = torch.float32 if self._master_weights else parameter.dtype
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        return Slot(parameter.detach(), state["exp_avg"], state["exp_avg_sq"])
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+        return Slot(parameter.detach(), state["exp_avg"], state["exp_avg_sq"], self._master(parameter))
+
+    def _master(self, parameter: Tensor) -> Tensor | None:
+        """The float32 weights; where somebody else has changed the parameter since, they are its values."""
+        if not self._master_weights:
+            return None
+        state, weights = self.state[parameter], parameter.detach()
+        if "master" not in state:
+            state["master"] = weights.float()
+        elif self._versions.get(parameter) != parameter._version:
+            master = state["master"]
+            master.copy_(master.where(master.to(weights.dtype) == weights, weights.float()))
+        self._versions[parameter] = parameter._version
+        return state["master"]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which casts state to the parameter's dtype; float32 moments and masters stay float32."""
+        super().load_state_dict(state_dict)
+        if not self._master_weights:
+            return
+        for index, parameter in enumerate(self._sae.parameters()):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if key != "step":
+                    kept = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+                    self.state[parameter][key] = kept.copy_(value)
+        self._versions.clear()
 
     def step(self, x: Tensor) -> SAELoss:
         """One training step on activations [..., d_in]; returns the loss before the update, detached."""
@@ -87,47 +125,58 @@ class FusedAdam(torch.optim.Optimizer):
             row_scale=parts.row_scale,
             unit_norm=sae.normalize_decoder,
         )
-        self._adam([sae.b_dec], [grad_b_dec])
+        self._adam([slots["b_dec"]], [grad_b_dec])
+        self._remember_versions()
         return loss
 
     def _step_by_autograd(self, x: Tensor) -> SAELoss:
         sae = self._sae
-        parameters = list(sae.parameters())
+        parameters = dict(sae.named_parameters())
         with torch.enable_grad():
             loss = sae.loss(x)
             loss.total.backward()
         sae.project_decoder_grad_()
-        for parameter in parameters:
-            self._slot(parameter)
+        slots = {name: self._slot(parameter) for name, parameter in parameters.items()}
+        for parameter in parameters.values():
             self.state[parameter]["step"] += 1
-        self._adam(parameters, [p.grad for p in parameters])
-        sae.normalize_decoder_()
+        self._adam(list(slots.values()), [parameter.grad for parameter in parameters.values()])
+        if sae.normalize_decoder:
+            W_dec = slots["W_dec"]
+            normalize_rows_(W_dec.parameter if W_dec.master is None else W_dec.master)
+            if W_dec.master is not None:
+                W_dec.parameter.copy_(W_dec.master)
+        self._remember_versions()
         self.zero_grad(set_to_none=True)
         return loss
 
+    def _remember_versions(self) -> None:
+        self._versions = {parameter: parameter._version for parameter in self._sae.parameters()}
+
     @torch.no_grad()
-    def _adam(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+    def _adam(self, slots: list[Slot], gradients: list[Tensor]) -> None:
         group = self.param_groups[0]
-        states = [self.state[p] for p in parameters]
+        weights = [slot.parameter if slot.master is None else slot.master for slot in slots]
+        gradients = [gradient.to(weight.dtype) for gradient, weight in zip(gradients, weights, strict=True)]
         # torch's kernel for CPUs would copy a gradient that is not contiguous.
-        parameters, gradients, *moments = (
+        rows, gradients, *moments = (
             [t if t.is_contiguous() else t.T for t in tensors]
             for tensors in (
-                parameters,
+                weights,
                 gradients,
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                [slot.first_moment for slot in slots],
+                [slot.second_moment for slot in slots],
             )
         )
+        # torch's function counts the step itself, and the parameters of a step are all at the same.
+        step = self.state[self._sae.b_dec]["step"] - 1
         adam(
-            parameters,
+            rows,
             gradients,
             *moments,
             [],
-            # torch's function counts the step itself.
-            [state["step"] - 1 for state in states],
+            [step.clone() for _ in slots],
             # On other devices it would want the step counts there.
-            fused=parameters[0].device.type == "cpu",
+            fused=rows[0].device.type == "cpu",
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -136,3 +185,6 @@ class FusedAdam(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+        for slot in slots:
+            if slot.master is not None:
+                slot.parameter.copy_(slot.master)

@@ -80,6 +80,46 @@ def test_matches_the_formula(dtype, shape, unit_norm):
     assert_accurate(actual, formula(codes, unit_norm), codes.values, grad_values, residual, x, b_dec, row_scale, *flat)
 
 
+@pytest.mark.parametrize("unit_norm", [False, True], ids=["free", "unit_norm"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_masters_take_the_step_and_parameters_are_copies(backend, half, shape, unit_norm):
+    """Activations in half precision, weights and moments in float32: as exact as a step in float32."""
+    if half not in backend.dtypes:
+        pytest.skip(f"{backend} does not compute in {half}")
+    codes, grad_values, residual, x, b_dec, row_scale, slots = inputs(*shape, torch.float32)
+    codes = codes.to(half)
+    grad_values, residual, x, b_dec = (t.to(half) for t in (grad_values, residual, x, b_dec))
+    flat = [t for slot in slots for t in slot]
+    w_enc, b_enc, w_dec = ((p.to(half), m.clone(), s.clone(), p.clone()) for p, m, s in slots)
+    ops.fused_update(
+        codes, grad_values, residual, x, ops.Slot(*(t.T for t in w_enc)), ops.Slot(*b_enc), ops.Slot(*w_dec),
+        b_dec=b_dec, row_scale=row_scale, unit_norm=unit_norm, **HYPER,
+    )  # fmt: skip
+    actual = [part for p, m, s, master in (w_enc, b_enc, w_dec) for part in (master, m, s)]
+    wide = (t.float() for t in (codes.values, grad_values, residual, x, b_dec))
+    assert_accurate(actual, formula(codes, unit_norm), *wide, row_scale, *flat)
+    for parameter, _, _, master in (w_enc, b_enc, w_dec):
+        assert_same_bits(parameter, master.to(half))
+
+
+def test_refuses_masters_that_do_not_fit():
+    codes, grad_values, residual, x, _, _, slots = inputs(5, 8, 20, 2, torch.bfloat16)
+    (w_enc, m, s), b_enc, w_dec = slots
+
+    def run(w_enc, b_enc, w_dec, residual=residual):
+        ops.fused_update(codes, grad_values, residual, x, w_enc, b_enc, w_dec, **HYPER)
+
+    encoder = ops.Slot(w_enc.T, m.float().T, s.float().T, w_enc.float().T)
+    with pytest.raises(ValueError, match=r"expected all of them to have a master, or none"):
+        run(encoder, ops.Slot(*b_enc), ops.Slot(*w_dec))
+    with pytest.raises(TypeError, match=r"W_enc.first_moment has dtype torch.bfloat16: expected torch.float32"):
+        run(ops.Slot(w_enc.T, m.T, s.T, w_enc.float().T), ops.Slot(*b_enc), ops.Slot(*w_dec))
+    wide = ops.Slot(*(t.float().T for t in (w_enc, m, s, w_enc)))
+    with pytest.raises(TypeError, match=r"W_enc.master of a torch.float32 parameter"):
+        run(wide, ops.Slot(*b_enc), ops.Slot(*w_dec), residual.float())
+
+
 def test_same_bits_with_any_number_of_threads(native):
     arguments = inputs(199, 48, 300, 9, torch.float32)
     threads = torch.get_num_threads()

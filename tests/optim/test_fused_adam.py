@@ -117,3 +117,70 @@ def test_refuses_what_it_cannot_train():
         fastsae.optim.FusedAdam(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="lr = -1"):
         fastsae.optim.FusedAdam(pair()[0], lr=-1)
+
+
+@pytest.mark.parametrize("options", [{}, {"dead_after_tokens": 100}], ids=["no AuxK", "AuxK"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_masters_go_where_float32_goes(dtype, options):
+    """Forty steps of about a hundredth of a parameter's last bit, beside the same run in float32."""
+    start, _ = pair(dtype, normalize_decoder=False, **options)
+
+    def moved(to, **more):
+        sae = copy.deepcopy(start).to(to)
+        optimizer = fastsae.optim.FusedAdam(sae, lr=2e-5, **more)
+        for x in batches(40, dtype):
+            optimizer.step(x.to(to))
+        for p in sae.parameters():
+            if more:
+                assert optimizer.state[p]["master"].dtype == optimizer.state[p]["exp_avg"].dtype == torch.float32
+                assert torch.equal(optimizer.state[p]["master"].to(dtype), p.detach())
+        weights = optimizer.state[sae.W_dec]["master"] if more else sae.W_dec.detach()
+        return weights.float() - start.W_dec.detach().float()
+
+    right = moved(torch.float32)
+    assert (moved(dtype, master_weights=True) - right).norm() < 0.2 * right.norm()
+    assert (moved(dtype) - right).norm() > 0.5 * right.norm()
+
+
+def test_masters_follow_changes_from_elsewhere():
+    sae, _ = pair(torch.bfloat16)
+    optimizer = fastsae.optim.FusedAdam(sae, lr=1e-3, master_weights=True)
+    x = batches(1, torch.bfloat16)[0]
+    optimizer.step(x)
+    kept = optimizer.state[sae.b_enc]["master"].clone()
+    with torch.no_grad():
+        sae.b_enc[3] = 5.0
+    optimizer.step(x)
+    master = optimizer.state[sae.b_enc]["master"]
+    assert (master[3] - 5).abs() < 0.01
+    assert (master - kept).abs()[torch.arange(len(kept)) != 3].max() < 0.01
+    assert torch.equal(master.to(torch.bfloat16), sae.b_enc.detach())
+
+
+def test_masters_come_back_from_a_state_dict():
+    """To the bit: two steps, or one, a save, a load and another."""
+    data = batches(4, torch.bfloat16)
+    results = []
+    for split in (4, 2):
+        torch.manual_seed(7)
+        sae, _ = pair(torch.bfloat16)
+        optimizer = fastsae.optim.FusedAdam(sae, lr=1e-3, master_weights=True)
+        for x in data[:split]:
+            optimizer.step(x)
+        if split < 4:
+            saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(sae.state_dict())
+            sae, _ = pair(torch.bfloat16)
+            optimizer = fastsae.optim.FusedAdam(sae, lr=1e-3, master_weights=True)
+            optimizer.load_state_dict(saved)
+            sae.load_state_dict(weights)
+            for x in data[split:]:
+                optimizer.step(x)
+        results.append([optimizer.state[p]["master"] for p in sae.parameters()])
+        assert results[-1][0].T.is_contiguous()
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_refuses_masters_of_wide_weights():
+    with pytest.raises(ValueError, match=r"master_weights = True for an SAE in torch.float32"):
+        fastsae.optim.FusedAdam(pair()[0], master_weights=True)

@@ -94,9 +94,12 @@ struct FusedUpdate {
   const float* b_dec;
   int64_t d_in;
   int64_t d_out;
+  // In one dtype: that of g, or float32 where the parameters are rounded copies of these.
   MutableMatrix w_enc, w_enc_first, w_enc_second;
   MutableMatrix b_enc, b_enc_first, b_enc_second;
   MutableMatrix w_dec, w_dec_first, w_dec_second;
+  // The rounded copies, in the dtype of g; no data where there are none.
+  MutableMatrix w_enc_copy, b_enc_copy, w_dec_copy;
   Adam adam;
   bool unit_norm;
 };
