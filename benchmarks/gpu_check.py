@@ -61,7 +61,7 @@ def stages(out: Path, wheels: Path | None) -> list[Stage]:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *sanitized]
         found.append(Stage(tool, command, 40, needs="compute-sanitizer"))
     for name, size in SHAPES.items():
-        bench = [python, "-m", "fastsae", "bench", "--device", "cuda", "--dtype", "float32", "--repeats", "11", *size]
+        bench = [python, "-m", "fastsae", "bench", "--device", "cuda", "--dtype", "bfloat16", "--repeats", "11", *size]
         found.append(Stage(f"bench-{name}", [*bench, "--out", str(out / f"bench-{name}.json")], 60, backend="triton"))
     return found
 

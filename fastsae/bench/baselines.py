@@ -14,7 +14,7 @@ from fastsae.backends import native
 from fastsae.backends.screen import screen_dtype
 from fastsae.bench import work
 from fastsae.bench.implementations import CPU, FastSAE, FusedAdamSAE, Implementation
-from fastsae.bench.problem import Problem
+from fastsae.bench.problem import PlainWeights, Problem
 from fastsae.bench.shapes import Shape
 
 
@@ -31,16 +31,24 @@ class Dense(Implementation):
     def __init__(self, dtype: torch.dtype, *, autocast: str | None = None):
         """`autocast` names the device type on which products are made in bfloat16."""
         self.autocast = autocast
-        self.precision = "bfloat16 products, float32 sums" if autocast else _name(dtype)
+        self.precision = "bfloat16 products, float32 weights" if autocast else _name(dtype)
         self.ranked_in = torch.bfloat16 if autocast else dtype
+        self.mixed = autocast is not None
         if autocast:
             self.name = "dense autocast"
+
+    def weights(self, problem: Problem) -> PlainWeights:
+        """Its parameters: autocast is for float32 ones."""
+        return problem.plain if self.autocast is None else problem.masters
+
+    def optimizer(self, problem: Problem) -> torch.optim.Optimizer:
+        return problem.plain_optimizer if self.autocast is None else problem.master_optimizer
 
     def context(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.autocast or "cpu", dtype=torch.bfloat16, enabled=self.autocast is not None)
 
     def picks(self, problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
-        W_enc, b_enc, _, b_dec = problem.plain
+        W_enc, b_enc, _, b_dec = self.weights(problem)
         with self.context():
             return functional.linear(x - b_dec, W_enc, b_enc).topk(problem.shape.k, sorted=False)
 
@@ -49,21 +57,19 @@ class Dense(Implementation):
         return values.new_zeros(x.shape[0], problem.shape.d_sae).scatter_(1, indices, values.relu())
 
     def decode(self, problem: Problem, codes: Any) -> Tensor:
+        weights = self.weights(problem)
         with self.context():
-            return torch.addmm(problem.plain.b_dec, codes, problem.plain.W_dec)
+            return torch.addmm(weights.b_dec, codes, weights.W_dec)
 
     def loss(self, problem: Problem, x: Tensor) -> Tensor:
         return _fvu(self.decode(problem, self.encode(problem, x)), x)
 
     def gradients(self, problem: Problem) -> tuple[Tensor, ...]:
-        return tuple(parameter.grad for parameter in problem.plain)
-
-    def optimizer(self, problem: Problem) -> torch.optim.Optimizer:
-        return problem.plain_optimizer
+        return tuple(parameter.grad for parameter in self.weights(problem))
 
     @torch.no_grad()
     def update(self, problem: Problem) -> None:
-        W_dec = problem.plain.W_dec
+        W_dec = self.weights(problem).W_dec
         along = torch.linalg.vecdot(W_dec.grad, W_dec)
         W_dec.grad.addcmul_(W_dec, along[:, None], value=-1)
         self.optimizer(problem).step()
@@ -144,7 +150,7 @@ class DefaultAdam(Dense):
         self.name += ", default Adam"
 
     def optimizer(self, problem: Problem) -> torch.optim.Optimizer:
-        return problem.plain_default_optimizer
+        return problem.default_optimizer
 
 
 def contestants(dtype: torch.dtype, device: torch.device = CPU) -> list[Implementation]:
@@ -153,9 +159,8 @@ def contestants(dtype: torch.dtype, device: torch.device = CPU) -> list[Implemen
     if device.type == "cpu" and native.cpu is not None and screen_dtype() != torch.float32:
         chosen.append(FastSAE(dtype, device, screen="float32"))
     chosen.append(Dense(dtype))
-    if dtype == torch.float32:
-        chosen.append(Dense(dtype, autocast=device.type))
+    chosen.append(Dense(dtype, autocast=device.type))
     if device.type != "cpu":
-        chosen.append(DefaultAdam(dtype, autocast=device.type if dtype == torch.float32 else None))
+        chosen.append(DefaultAdam(dtype, autocast=device.type))
     chosen.append(EmbeddingBag(dtype))
     return chosen

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from fastsae.bench import checks
 from fastsae.bench.implementations import FastSAE, FusedAdamSAE, Implementation
 from fastsae.bench.problem import Problem
@@ -54,6 +52,6 @@ def checks_of(problem: Problem, implementation: Implementation) -> dict[str, Cal
     if isinstance(implementation, FastSAE) and implementation.screen is not None:
         # With the bits of the default screen it passes whatever that passes.
         return {"same bits": checks.same_bits}
-    if implementation.ranked_in != torch.float32 and problem.dtype == torch.float32:
+    if implementation.mixed:
         return {"loss": checks.loss}
     return {"selection": checks.selection, "decode": checks.reconstruction, "gradients": checks.gradients}

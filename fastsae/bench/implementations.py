@@ -26,6 +26,8 @@ class Implementation(abc.ABC):
     precision: str
     # The dtype in which its pre-activations are ranked.
     ranked_in = torch.float32
+    # Whether it rounds more than its parameters' dtype does: then only its loss is comparable.
+    mixed = False
     # Whether it encodes and decodes as another does, so that only its step is measured.
     trains_only = False
 
@@ -136,6 +138,11 @@ class FusedAdamSAE(FastSAE):
 
     name = "fastsae, FusedAdam"
     trains_only = True
+
+    def __init__(self, dtype: torch.dtype, device: torch.device = CPU):
+        super().__init__(dtype, device)
+        if dtype != torch.float32:
+            self.precision += ", float32 masters"
 
     def step(self, problem: Problem) -> Iterator[str]:
         """A whole training step, in one part."""

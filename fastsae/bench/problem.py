@@ -1,5 +1,6 @@
 """One SAE of a shape and a batch of activations, the same for every implementation and on every machine."""
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -62,17 +63,16 @@ class Problem:
         return PlainWeights(nn.Parameter(sae.W_enc.detach().T), sae.b_enc, sae.W_dec, sae.b_dec)
 
     @cached_property
+    def masters(self) -> "PlainWeights":
+        """What a trainer in mixed precision keeps: `plain` in float32, which for a float32 SAE it is already."""
+        if self.dtype == torch.float32:
+            return self.plain
+        return PlainWeights(*(nn.Parameter(weight.detach().float()) for weight in self.plain))
+
+    @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
         """Adam over the SAE's parameters."""
-        adam = torch.optim.Adam(self.sae.parameters(), lr=_LEARNING_RATE, fused=True)
-        for parameter in self.sae.parameters():
-            adam.state[parameter] = {
-                # torch's fused kernels count where the parameter is.
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
-        return adam
+        return _adam(self.sae.parameters())
 
     @cached_property
     def plain_optimizer(self) -> torch.optim.Optimizer:
@@ -80,30 +80,37 @@ class Problem:
         adam = torch.optim.Adam(self.plain, lr=_LEARNING_RATE, fused=True)
         state = self.optimizer.state
         adam.state.update({parameter: state[parameter] for parameter in self.plain[1:]})
-        transposed = {name: part.T if part.dim() else part for name, part in state[self.sae.W_enc].items()}
-        adam.state[self.plain.W_enc] = transposed
+        adam.state[self.plain.W_enc] = _transposed(state[self.sae.W_enc])
         return adam
 
     @cached_property
-    def plain_default_optimizer(self) -> torch.optim.Optimizer:
-        """As `plain_optimizer`, on the same moments, with Adam's default implementation."""
-        adam = torch.optim.Adam(self.plain, lr=_LEARNING_RATE)
-        for parameter, state in self.plain_optimizer.state.items():
+    def master_optimizer(self) -> torch.optim.Optimizer:
+        """Adam over `masters`."""
+        return self.plain_optimizer if self.masters is self.plain else _adam(self.masters)
+
+    @cached_property
+    def default_optimizer(self) -> torch.optim.Optimizer:
+        """As `master_optimizer`, on the same moments, with Adam's default implementation."""
+        adam = torch.optim.Adam(self.masters, lr=_LEARNING_RATE)
+        for parameter, state in self.master_optimizer.state.items():
             adam.state[parameter] = state | {"step": state["step"].cpu()}
         return adam
 
     @cached_property
     def fused_optimizer(self) -> FusedAdam:
-        """fastsae's optimizer, on the same moments."""
-        fused = FusedAdam(self.sae, lr=_LEARNING_RATE)
-        for parameter, state in self.optimizer.state.items():
-            fused.state[parameter] = state | {"step": state["step"].cpu()}
+        """fastsae's optimizer, on the masters and moments of `master_optimizer`."""
+        mixed = self.masters is not self.plain
+        fused = FusedAdam(self.sae, lr=_LEARNING_RATE, master_weights=mixed)
+        for name, master in self.masters._asdict().items():
+            state = self.master_optimizer.state[master]
+            state = state | {"step": state["step"].cpu()} | ({"master": master.detach()} if mixed else {})
+            fused.state[getattr(self.sae, name)] = _transposed(state) if name == "W_enc" else state
         return fused
 
     def zero_grad(self) -> None:
         """Gives back every gradient's memory, whoever made it."""
-        self.sae.zero_grad(set_to_none=True)
-        self.plain.W_enc.grad = None
+        for parameter in (*self.sae.parameters(), *self.plain, *self.masters):
+            parameter.grad = None
 
     @cached_property
     @torch.no_grad()
@@ -116,6 +123,24 @@ class Problem:
         """Up to 64 tokens spread over the batch, for the checks."""
         count = min(64, self.shape.n_tokens)
         return torch.linspace(0, self.shape.n_tokens - 1, count, device=self.x.device).long()
+
+
+def _adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """torch's fused Adam with its state made, so that every step is like every other."""
+    parameters = list(parameters)
+    adam = torch.optim.Adam(parameters, lr=_LEARNING_RATE, fused=True)
+    for parameter in parameters:
+        adam.state[parameter] = {
+            # torch's fused kernels count where the parameter is.
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return adam
+
+
+def _transposed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: part.T if part.dim() else part for name, part in state.items()}
 
 
 def _mixture(sae: TopKSAE, shape: Shape) -> Tensor:

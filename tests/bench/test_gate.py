@@ -30,7 +30,7 @@ def wrong(operator):
         results = operator(*arguments)
         first = results if isinstance(results, torch.Tensor) else results[-1 if operator.__name__ == "transpose" else 0]
         flat = first.view(-1) if first.is_contiguous() else first.reshape(-1)
-        if flat.is_floating_point():
+        if flat.is_floating_point() and flat.numel():
             flat[flat.abs().argmax()] *= 1.001
         else:
             flat[:2] = flat[:2].flip(0)
@@ -125,3 +125,17 @@ def test_every_implementation_trains_alike(tiny):
             # Adam divides by √v: entries whose gradient is mere rounding move either way, and those are few.
             share = ((parameter - want).abs() > 1e-4).double().mean()
             assert share < (0.2 if "autocast" in name else 0.02), name
+
+
+@pytest.mark.parametrize("name", ["fastsae, FusedAdam", "dense autocast"])
+def test_mixed_precision_steps_share_their_masters(tiny, name):
+    """Parameters in bfloat16, weights and moments in float32, for fastsae and autocast alike."""
+    problem = Problem(tiny, torch.bfloat16)
+    by_name = {implementation.name: implementation for implementation in contestants(torch.bfloat16)}
+    before = [p.detach().clone() for p in problem.masters]
+    problem.fused_optimizer.param_groups[0]["lr"] = problem.master_optimizer.param_groups[0]["lr"] = 1e-3
+    list(by_name[name].step(problem))
+    assert all(p.dtype == torch.float32 and not torch.equal(p, q) for p, q in zip(problem.masters, before, strict=True))
+    assert problem.master_optimizer.state[problem.masters.W_dec]["exp_avg"].any()
+    if name == "fastsae, FusedAdam":
+        assert torch.equal(problem.sae.W_enc, problem.masters.W_enc.T.bfloat16())
