@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+# Widths of real SAEs: GPT-2 small, Gemma 2 2B, Llama 3 8B.
+WIDTHS = (768, 2304, 4096)
+
 
 @dataclass(frozen=True)
 class CompileCase:
@@ -13,3 +16,17 @@ class CompileCase:
     signature: dict[str, str]
     constexprs: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)
+    # Arguments that a launch finds to be multiples of 16: Triton then compiles vector loads.
+    aligned: tuple[str, ...] = ()
+
+
+def case(name: str, kernel: Any, types: str, constexprs: dict[str, Any], **options: int) -> CompileCase:
+    """`types` are those of the kernel's arguments but the constexprs, in order, each name followed by its type.
+
+    Pointers, strides and widths count as aligned: what torch allocates is, and the widths of real models are.
+    """
+    words = types.split()
+    signature = dict(zip(words[::2], words[1::2], strict=True))
+    aligned = tuple(n for n, t in signature.items() if t.startswith("*") or n == "d" or n.endswith("stride"))
+    ordered = {n: "constexpr" if n in constexprs else signature[n] for n in kernel.arg_names}
+    return CompileCase(name, kernel, ordered, constexprs, options, aligned)

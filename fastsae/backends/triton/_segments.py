@@ -1,0 +1,157 @@
+"""The sum that accumulate_rows and fused_update share: for a latent f and a slice of columns,
+
+    total = Σ_{e of f} c_t v_e (rows[t] - shift),   weight = Σ_{e of f} c_t v_e,   t = tokens[e].
+
+Access. Entries come sorted by latent. A program takes ENTRIES of its latent at a time, gathers their rows at once, and
+adds the sum of the block to a float32 total in registers. A latent may own a third of all tokens: the sorted entries
+are cut into windows of fixed size, a first kernel sums each window that lies within one latent into a buffer, and the
+latent's own program adds those sums in their order to its entries outside of them (at both ends, fewer than two
+windows). So no program walks more than 2 · window rows and nnz / window sums, and every sum is one fixed tree: the same
+bits on every run, and an error that grows with window / ENTRIES + nnz / window terms, not with the entries. No atomics;
+the size of the buffer follows from nnz alone, so the host waits for nothing.
+
+A window has 128 entries, 16 blocks of 8, or more where that bounds the buffer: at most 8,192 windows, 128 MiB for
+rows of 4,096. Most windows hold several latents and cost one binary search in latent_offsets. No GPU has run this yet.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsae.backends.triton._cases import WIDTHS, case
+from fastsae.backends.triton._launch import TYPES, launch, power_of_two, slice_width
+
+ENTRIES = 8
+_LEAST_WINDOW = 128
+_MOST_WINDOWS = 8192
+
+
+@triton.jit
+def _sum_entries(
+    values, tokens, entries, row_scale, rows, row_stride, shift, columns, inside, begin, count, head, gap,
+    nnz, n_tokens, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """`count` entries from `begin`; after `head` of them `gap` are left out. -> total [COLUMNS], weights [ENTRIES]."""
+    total = tl.zeros([columns.shape[0]], tl.float32)
+    weights = tl.zeros([ENTRIES], tl.float32)
+    if shift is not None:
+        shift_row = tl.load(shift + columns, mask=inside, other=0.0).to(tl.float32)
+    for at in range(0, count, ENTRIES):
+        place = at + tl.arange(0, ENTRIES)
+        live = place < count
+        sorted_place = begin + place + tl.where(place >= head, gap, 0)
+        token = tl.load(tokens + sorted_place, mask=live, other=0)
+        entry = tl.load(entries + sorted_place, mask=live, other=0)
+        known = live & (token >= 0) & (token < n_tokens) & (entry >= 0) & (entry < nnz)
+        weight = tl.load(values + entry, mask=known, other=0.0).to(tl.float32)
+        if row_scale is not None:
+            weight *= tl.load(row_scale + token, mask=known, other=0.0).to(tl.float32)
+        weight = tl.where(known | (place >= count), weight, float("nan"))
+        at_row = token.to(tl.int64)[:, None] * row_stride + columns[None, :]
+        block = tl.load(rows + at_row, mask=known[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        if shift is not None:
+            block = tl.where(known[:, None], block - shift_row[None, :], 0.0)
+        total += tl.sum(weight[:, None] * block, axis=0)
+        weights += weight
+    return total, weights
+
+
+@triton.jit(do_not_specialize=["d_sae", "nnz", "n_tokens", "window"])
+def _sum_windows(
+    values, latent_offsets, tokens, entries, row_scale, rows, row_stride, shift, sums, weight_sums,
+    d, d_sae, nnz, n_tokens, window, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """One program: one window, one slice."""
+    at = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < d
+    begin = at * window
+    # The owner of the first entry: latent_offsets[low] <= begin < latent_offsets[high].
+    low = begin * 0
+    high = low + d_sae
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(latent_offsets + middle) <= begin
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    if tl.load(latent_offsets + high) >= begin + window:
+        total, weights = _sum_entries(
+            values, tokens, entries, row_scale, rows, row_stride, shift, columns, inside, begin, window, window, 0,
+            nnz, n_tokens, ENTRIES,
+        )  # fmt: skip
+        tl.store(sums + at * d + columns, total, mask=inside)
+        if tl.program_id(1) == 0:
+            tl.store(weight_sums + at, tl.sum(weights, axis=0))
+
+
+@triton.jit
+def sum_latent(
+    values, latent_offsets, tokens, entries, row_scale, rows, row_stride, shift, sums, weight_sums,
+    latent, columns, inside, d, nnz, n_tokens, window, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """-> total [COLUMNS] and weight, float32, of one latent, with the sums of its whole windows from `sums`."""
+    begin = tl.maximum(tl.load(latent_offsets + latent), 0)
+    end = tl.minimum(tl.load(latent_offsets + latent + 1), nnz)
+    first = (begin + window - 1) // window
+    last = tl.maximum(end // window, first)
+    gap = (last - first) * window
+    total, weights = _sum_entries(
+        values, tokens, entries, row_scale, rows, row_stride, shift, columns, inside,
+        begin, end - begin - gap, first * window - begin, gap, nnz, n_tokens, ENTRIES,
+    )  # fmt: skip
+    weight = tl.sum(weights, axis=0)
+    for at in range(first, last):
+        total += tl.load(sums + at * d + columns, mask=inside, other=0.0)
+        weight += tl.load(weight_sums + at)
+    return total, weight
+
+
+class Windows(NamedTuple):
+    """Sums of the windows that lie within one latent; the rows of the others hold nothing."""
+
+    sums: Tensor  # float32 [windows, d]
+    weight_sums: Tensor  # float32 [windows]
+    window: int
+
+
+def sum_windows(
+    values: Tensor,
+    latent_offsets: Tensor,
+    tokens: Tensor,
+    entries: Tensor,
+    row_scale: Tensor | None,
+    rows: Tensor,
+    shift: Tensor | None,
+) -> Windows:
+    """The first of the two phases; the second passes the result to `sum_latent`."""
+    nnz, (n_tokens, d) = entries.numel(), rows.shape
+    window = max(_LEAST_WINDOW, power_of_two(triton.cdiv(nnz, _MOST_WINDOWS)))
+    windows = nnz // window
+    sums = torch.empty(windows, d, dtype=torch.float32, device=rows.device)
+    weight_sums = torch.empty(windows, dtype=torch.float32, device=rows.device)
+    width = slice_width(d, rows.dtype)
+    launch(
+        _sum_windows, (windows, triton.cdiv(d, width)), values, latent_offsets, tokens, entries, row_scale,
+        rows, rows.stride(0), shift, sums, weight_sums, d, latent_offsets.numel() - 1, nnz, n_tokens, window,
+        COLUMNS=width, ENTRIES=ENTRIES, num_warps=1,
+    )  # fmt: skip
+    return Windows(sums, weight_sums, window)
+
+
+def _cases():
+    for dtype, t in TYPES.items():
+        for d in WIDTHS:
+            yield case(
+                f"sum_windows {t} {d}",
+                _sum_windows,
+                f"values *{t} latent_offsets *i64 tokens *i32 entries *i64 row_scale *fp32 rows *{t} row_stride i32 "
+                f"shift *{t} sums *fp32 weight_sums *fp32 d i32 d_sae i32 nnz i32 n_tokens i32 window i32",
+                {"COLUMNS": slice_width(d, dtype), "ENTRIES": ENTRIES},
+                num_warps=1,
+            )
+
+
+COMPILE_CASES = list(_cases())
