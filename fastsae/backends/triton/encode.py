@@ -60,7 +60,7 @@ class _Tile:
 
 
 def _rows_of_selection(n_rows: int) -> int:
-    """One row a program; the interpreter runs programs one after the other, and numpy takes many rows as fast as one."""
+    """One row a program. The interpreter runs programs in turn, and numpy takes many rows as fast as one."""
     return min(64, power_of_two(n_rows)) if interpreted() else 1
 
 
@@ -115,9 +115,9 @@ class _Encoder:
         out = torch.empty(self.d_sae, dtype=torch.float32, device=self.w.device)
         b_enc = self.bias
         launch(
-            gemm.bias_kernel, (triton.cdiv(self.d_sae, 16),), self.w, b_dec, out if b_enc is None else b_enc, out, self.d_sae, self.d_in, self.w.stride(0),
-            BLOCK_F=16, BLOCK_K=max(16, min(128, power_of_two(self.d_in))), BIAS=b_enc is not None,
-            num_warps=4,
+            gemm.bias_kernel, (triton.cdiv(self.d_sae, 16),),
+            self.w, b_dec, out if b_enc is None else b_enc, out, self.d_sae, self.d_in, self.w.stride(0),
+            BLOCK_F=16, BLOCK_K=max(16, min(128, power_of_two(self.d_in))), BIAS=b_enc is not None, num_warps=4,
         )  # fmt: skip
         return out
 
@@ -165,7 +165,8 @@ class _Rows:
         launch(
             kernel, (programs,), self.x, encoder.w,
             unused if encoder.b_dec is None else encoder.b_dec, unused if encoder.bias is None else encoder.bias,
-            *operands, self.capacity, self.n_rows, begin, end - begin, encoder.d_in, self.x.stride(0), encoder.w.stride(0),
+            *operands, self.capacity, self.n_rows, begin, end - begin,
+            encoder.d_in, self.x.stride(0), encoder.w.stride(0),
             BLOCK_M=tile.rows, BLOCK_N=tile.latents, BLOCK_K=tile.depth, EVEN_K=encoder.d_in % tile.depth == 0,
             num_warps=tile.warps, num_stages=tile.stages, **encoder.flags, **flags,
         )  # fmt: skip
@@ -175,8 +176,8 @@ class _Rows:
         self._product(gemm.scores_kernel, (self.scores, self.counts, self.width), begin, end, REDO=redo)
         rows, block = _rows_of_selection(self.n_rows), max(256, self.block)
         launch(
-            selection.select_kernel, (triton.cdiv(self.n_rows, rows),), self.scores, self.pairs, self.counts, self.thresholds,
-            self.n_rows, begin, end - begin, self.width, k, self.capacity,
+            selection.select_kernel, (triton.cdiv(self.n_rows, rows),),
+            self.scores, self.pairs, self.counts, self.thresholds, self.n_rows, begin, end - begin, self.width, k, self.capacity,
             FIRST=begin == 0, REDO=redo, ROWS=rows, BLOCK=block, K=self.block,
             num_warps=_warps(rows * max(block, 2 * self.block)),
         )  # fmt: skip
@@ -186,7 +187,8 @@ class _Rows:
         self._product(gemm.survivors_kernel, operands, begin, end, SLICE=self.tile.appended_at_once)
         rows = _rows_of_selection(self.n_rows)
         launch(
-            selection.merge_kernel, (triton.cdiv(self.n_rows, rows),), self.pairs, self.counts, self.thresholds, self.n_rows, self.encoder.k, self.capacity,
+            selection.merge_kernel, (triton.cdiv(self.n_rows, rows),),
+            self.pairs, self.counts, self.thresholds, self.n_rows, self.encoder.k, self.capacity,
             ROWS=rows, CAPACITY=self.capacity, K=self.block, num_warps=_warps(rows * self.capacity),
         )  # fmt: skip
 

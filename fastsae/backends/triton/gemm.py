@@ -8,8 +8,8 @@ large the two sums cancel and leave the rounding of float32, 2^-24 of |x||w|; x 
 smaller than |x|, where the stored x says little either. It costs one pass over W_enc a call (`bias_kernel`).
 
 Access. A tile walks d_in in steps of BLOCK_K through Triton's pipeline of asynchronous copies; programs go through
-the grid in groups of _GROUP_M row blocks, so that those running together share their tiles of x and W_enc in L2. Rows and
-latents past the end repeat the last one (nothing reads them), so only a d_in off BLOCK_K needs masks.
+the grid in groups of _GROUP_M row blocks, so that those running together share their tiles of x and W_enc in L2. Rows
+and latents past the end repeat the last one (nothing reads them), so only a d_in off BLOCK_K needs masks.
 
 What becomes of a tile: `scores_kernel` writes it; `survivors_kernel` compares it in registers with each row's
 threshold and appends the few that pass behind the row's best, by one integer atomic each for the place. The order in
