@@ -1,4 +1,4 @@
-"""The native library, loaded once: the module, or why there is none."""
+"""The native libraries, loaded once: the module, or why there is none."""
 
 import importlib
 import os
@@ -9,6 +9,11 @@ import torch  # noqa: F401  (first: the library's OpenMP must resolve to the cop
 _HOW_TO_BUILD = (
     "install a C++17 compiler (Debian: apt-get install g++) and run "
     "`pip install --force-reinstall --no-deps fastsae` or, in a source tree, `pip install -e .`"
+)
+
+_HOW_TO_BUILD_CUDA = (
+    "install the CUDA toolkit (its nvcc) and run `FASTSAE_CUDA=1 pip install --force-reinstall --no-deps fastsae` or, "
+    "in a source tree, `FASTSAE_CUDA=1 pip install -e .`"
 )
 
 
@@ -26,4 +31,14 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
+def _load_cuda() -> tuple[ModuleType | None, str]:
+    if os.environ.get("FASTSAE_NO_NATIVE") == "1":
+        return None, "FASTSAE_NO_NATIVE=1 is set"
+    try:
+        return importlib.import_module("fastsae._cuda"), ""
+    except ImportError as error:
+        return None, f"the CUDA library is not there ({error}); to get it, {_HOW_TO_BUILD_CUDA}"
+
+
 cpu, why_not_cpu = _load()
+cuda, why_not_cuda = _load_cuda()

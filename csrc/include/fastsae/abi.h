@@ -5,7 +5,7 @@
 
 namespace fastsae {
 
-enum class DType : int32_t { float32 = 0, bfloat16 = 1 };
+enum class DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 // A row-major matrix whose rows are contiguous; `stride` is the distance between rows in elements.
 struct Matrix {
@@ -28,7 +28,7 @@ struct Codes {
   int64_t n_tokens;
   int64_t k;
 
-  int64_t begin(int64_t n) const { return offsets ? offsets[n] : n * k; }
+  constexpr int64_t begin(int64_t n) const { return offsets ? offsets[n] : n * k; }
 };
 
 // Entries sorted by latent: latent f owns [offsets[f], offsets[f + 1]) of `tokens` (the row each
@@ -68,6 +68,25 @@ struct SelectionState {
   float* thresholds;
   uint8_t* redo;
   int64_t capacity;
+};
+
+// A chunk of latents for encode_threshold: f_count of them from f_begin on, `w_enc`, `b_enc`,
+// `threshold` and the latents' bounds those of the chunk. Row n of the block writes up to f_count
+// entries from n * f_count on, indices counted from latent 0, and how many they are into counts[n].
+struct ThresholdChunk {
+  int64_t f_begin;
+  int64_t f_count;
+  ScreenBounds bounds;
+  const float* threshold;
+  Matrix x;
+  const float* b_dec;
+  Matrix w_enc;
+  const float* b_enc;
+  int64_t d;
+  const uint8_t* not_finite;
+  float* values;
+  int32_t* indices;
+  int32_t* counts;
 };
 
 // Adam with its bias corrections folded in: step_size = lr / (1 - beta1^t), inverse_correction =
