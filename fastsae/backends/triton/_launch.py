@@ -14,7 +14,12 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _INTERPRETED = tl.constexpr(interpreted())
 
 
-@triton.jit
+def device_function(function):
+    """What kernels call. Triton's interpreter spends a millisecond on each call of a jit function, none on Python's."""
+    return function if interpreted() else triton.jit(function)
+
+
+@device_function
 def narrow(x, dtype: tl.constexpr):
     """float32 x in `dtype`, rounded to nearest even, which Triton's interpreter does not do for bfloat16: it cuts."""
     if _INTERPRETED and dtype == tl.bfloat16:

@@ -22,23 +22,23 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae.backends.triton._cases import WIDTHS, case
-from fastsae.backends.triton._launch import TYPES, launch, power_of_two, slice_width
+from fastsae.backends.triton._launch import TYPES, device_function, launch, slice_width
 
 ENTRIES = 8
-_LEAST_WINDOW = 128
+_LEAST_WINDOW_BITS = 7
 _MOST_WINDOWS = 8192
 
 
-@triton.jit
+@device_function
 def _sum_entries(
     values, tokens, entries, row_scale, rows, row_stride, shift, columns, inside, begin, count, head, gap,
     nnz, n_tokens, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """`count` entries from `begin`; after `head` of them `gap` are left out. -> total [COLUMNS], weights [ENTRIES]."""
-    total = tl.zeros([columns.shape[0]], tl.float32)
-    weights = tl.zeros([ENTRIES], tl.float32)
+    """`count` entries from `begin`; after `head` of them `gap` are left out. -> total [COLUMNS] and weight."""
+    total = tl.full([columns.shape[0]], 0.0, tl.float32)
+    weight_sum = tl.full([], 0.0, tl.float32)
     if shift is not None:
-        shift_row = tl.load(shift + columns, mask=inside, other=0.0).to(tl.float32)
+        shift_row = tl.load(shift + columns, mask=inside, other=0.0)
     for at in range(0, count, ENTRIES):
         place = at + tl.arange(0, ENTRIES)
         live = place < count
@@ -53,22 +53,23 @@ def _sum_entries(
         at_row = token.to(tl.int64)[:, None] * row_stride + columns[None, :]
         block = tl.load(rows + at_row, mask=known[:, None] & inside[None, :], other=0.0).to(tl.float32)
         if shift is not None:
-            block = tl.where(known[:, None], block - shift_row[None, :], 0.0)
+            block = tl.where(known[:, None], block - shift_row.to(tl.float32)[None, :], 0.0)
         total += tl.sum(weight[:, None] * block, axis=0)
-        weights += weight
-    return total, weights
+        weight_sum += tl.sum(weight, axis=0)
+    return total, weight_sum
 
 
-@triton.jit(do_not_specialize=["d_sae", "nnz", "n_tokens", "window"])
+@triton.jit(do_not_specialize=["d_sae", "nnz", "n_tokens", "window_bits"])
 def _sum_windows(
     values, latent_offsets, tokens, entries, row_scale, rows, row_stride, shift, sums, weight_sums,
-    d, d_sae, nnz, n_tokens, window, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
+    d, d_sae, nnz, n_tokens, window_bits, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """One program: one window, one slice."""
     at = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < d
-    begin = at * window
+    window = 1 << window_bits
+    begin = at << window_bits
     # The owner of the first entry: latent_offsets[low] <= begin < latent_offsets[high].
     low = begin * 0
     high = low + d_sae
@@ -78,31 +79,30 @@ def _sum_windows(
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
     if tl.load(latent_offsets + high) >= begin + window:
-        total, weights = _sum_entries(
+        total, weight = _sum_entries(
             values, tokens, entries, row_scale, rows, row_stride, shift, columns, inside, begin, window, window, 0,
             nnz, n_tokens, ENTRIES,
         )  # fmt: skip
         tl.store(sums + at * d + columns, total, mask=inside)
         if tl.program_id(1) == 0:
-            tl.store(weight_sums + at, tl.sum(weights, axis=0))
+            tl.store(weight_sums + at, weight)
 
 
-@triton.jit
+@device_function
 def sum_latent(
     values, latent_offsets, tokens, entries, row_scale, rows, row_stride, shift, sums, weight_sums,
-    latent, columns, inside, d, nnz, n_tokens, window, ENTRIES: tl.constexpr,
+    latent, columns, inside, d, nnz, n_tokens, window_bits, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """-> total [COLUMNS] and weight, float32, of one latent, with the sums of its whole windows from `sums`."""
     begin = tl.maximum(tl.load(latent_offsets + latent), 0)
     end = tl.minimum(tl.load(latent_offsets + latent + 1), nnz)
-    first = (begin + window - 1) // window
-    last = tl.maximum(end // window, first)
-    gap = (last - first) * window
-    total, weights = _sum_entries(
+    first = (begin + (1 << window_bits) - 1) >> window_bits
+    last = tl.maximum(end >> window_bits, first)
+    gap = (last - first) << window_bits
+    total, weight = _sum_entries(
         values, tokens, entries, row_scale, rows, row_stride, shift, columns, inside,
-        begin, end - begin - gap, first * window - begin, gap, nnz, n_tokens, ENTRIES,
+        begin, end - begin - gap, (first << window_bits) - begin, gap, nnz, n_tokens, ENTRIES,
     )  # fmt: skip
-    weight = tl.sum(weights, axis=0)
     for at in range(first, last):
         total += tl.load(sums + at * d + columns, mask=inside, other=0.0)
         weight += tl.load(weight_sums + at)
@@ -114,7 +114,7 @@ class Windows(NamedTuple):
 
     sums: Tensor  # float32 [windows, d]
     weight_sums: Tensor  # float32 [windows]
-    window: int
+    window_bits: int  # a window has 2 ** window_bits entries
 
 
 def sum_windows(
@@ -128,17 +128,17 @@ def sum_windows(
 ) -> Windows:
     """The first of the two phases; the second passes the result to `sum_latent`."""
     nnz, (n_tokens, d) = entries.numel(), rows.shape
-    window = max(_LEAST_WINDOW, power_of_two(triton.cdiv(nnz, _MOST_WINDOWS)))
-    windows = nnz // window
+    window_bits = max(_LEAST_WINDOW_BITS, (nnz // _MOST_WINDOWS).bit_length())
+    windows = nnz >> window_bits
     sums = torch.empty(windows, d, dtype=torch.float32, device=rows.device)
     weight_sums = torch.empty(windows, dtype=torch.float32, device=rows.device)
     width = slice_width(d, rows.dtype)
     launch(
         _sum_windows, (windows, triton.cdiv(d, width)), values, latent_offsets, tokens, entries, row_scale,
-        rows, rows.stride(0), shift, sums, weight_sums, d, latent_offsets.numel() - 1, nnz, n_tokens, window,
+        rows, rows.stride(0), shift, sums, weight_sums, d, latent_offsets.numel() - 1, nnz, n_tokens, window_bits,
         COLUMNS=width, ENTRIES=ENTRIES, num_warps=1,
     )  # fmt: skip
-    return Windows(sums, weight_sums, window)
+    return Windows(sums, weight_sums, window_bits)
 
 
 def _cases():
@@ -148,7 +148,7 @@ def _cases():
                 f"sum_windows {t} {d}",
                 _sum_windows,
                 f"values *{t} latent_offsets *i64 tokens *i32 entries *i64 row_scale *fp32 rows *{t} row_stride i32 "
-                f"shift *{t} sums *fp32 weight_sums *fp32 d i32 d_sae i32 nnz i32 n_tokens i32 window i32",
+                f"shift *{t} sums *fp32 weight_sums *fp32 d i32 d_sae i32 nnz i32 n_tokens i32 window_bits i32",
                 {"COLUMNS": slice_width(d, dtype), "ENTRIES": ENTRIES},
                 num_warps=1,
             )

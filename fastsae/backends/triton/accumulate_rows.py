@@ -15,17 +15,17 @@ from fastsae.backends.triton._launch import TYPES, launch, narrow, rows_of, slic
 from fastsae.backends.triton._segments import sum_latent, sum_windows
 
 
-@triton.jit(do_not_specialize=["nnz", "n_tokens", "window"])
+@triton.jit(do_not_specialize=["nnz", "n_tokens", "window_bits"])
 def _accumulate_rows(
     values, latent_offsets, tokens, entries, row_scale, g, g_stride, shift, sums, weight_sums, out, value_sums,
-    d, nnz, n_tokens, window, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
+    d, nnz, n_tokens, window_bits, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < d
     total, weight = sum_latent(
         values, latent_offsets, tokens, entries, row_scale, g, g_stride, shift, sums, weight_sums,
-        latent, columns, inside, d, nnz, n_tokens, window, ENTRIES,
+        latent, columns, inside, d, nnz, n_tokens, window_bits, ENTRIES,
     )  # fmt: skip
     tl.store(out + latent * d + columns, narrow(total, out.dtype.element_ty), mask=inside)
     if tl.program_id(1) == 0:
@@ -50,7 +50,7 @@ def accumulate_rows(
     width = slice_width(d, g.dtype)
     launch(
         _accumulate_rows, (d_sae, triton.cdiv(d, width)), *codes, g, g.stride(0), shift,
-        windows.sums, windows.weight_sums, out, value_sums, d, entries.numel(), n_tokens, windows.window,
+        windows.sums, windows.weight_sums, out, value_sums, d, entries.numel(), n_tokens, windows.window_bits,
         COLUMNS=width, ENTRIES=_segments.ENTRIES, num_warps=1,
     )  # fmt: skip
     return out, value_sums
@@ -66,7 +66,7 @@ def _cases():
                     _accumulate_rows,
                     f"values *{t} latent_offsets *i64 tokens *i32 entries *i64 row_scale *fp32 g *{t} g_stride i32 "
                     f"shift *{t} sums *fp32 weight_sums *fp32 out *{t} value_sums *{t} d i32 nnz i32 n_tokens i32 "
-                    "window i32",
+                    "window_bits i32",
                     {**absent, "COLUMNS": slice_width(d, dtype), "ENTRIES": _segments.ENTRIES},
                     num_warps=1,
                 )

@@ -6,9 +6,10 @@ cache after the first block. Each lane keeps a sum for each entry and each of it
 once at the end, so a dot product is a tree over chains of d / 256 (float32: d / 128) products. The programs of a token
 are neighbours in the grid and share its g_n in L2.
 
-ENTRIES is 8: 8 loads of 16 bytes a lane under way, and 64 sums in registers (32 in float32). `split` gives every block
-its own program where k is known, and as many programs as the mean count of entries asks for otherwise: a lone token
-of 64 entries then keeps 8 warps busy, not one. No result depends on it. No GPU has run this yet.
+ENTRIES is 8: 8 loads of 16 bytes a lane under way, and 64 sums in registers (32 in float32): 14 warps fit a
+multiprocessor and ask for 56 KiB at once, twice what its share of memory bandwidth takes (decode.py). `split` gives
+every block its own program where k is known, and as many programs as the mean count of entries asks for otherwise: a
+lone token of 64 entries then keeps 8 warps busy, not one. No result depends on it. No GPU has run this yet.
 """
 
 import triton
@@ -38,7 +39,7 @@ def _sampled_dot(
         latent = tl.load(indices + entry, mask=live, other=0)
         known = live & (latent >= 0) & (latent < d_sae)
         row = w_dec + latent.to(tl.int64)[:, None] * w_stride
-        sums = tl.zeros([ENTRIES, COLUMNS], tl.float32)
+        sums = tl.full([ENTRIES, COLUMNS], 0.0, tl.float32)
         for start in range(0, d, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             inside = column < d

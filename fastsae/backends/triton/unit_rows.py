@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae.backends.triton._cases import WIDTHS, case
-from fastsae.backends.triton._launch import TYPES, launch, narrow, power_of_two, rows_of
+from fastsae.backends.triton._launch import TYPES, device_function, launch, narrow, power_of_two, rows_of
 
 _COLUMNS = 1024
 
@@ -19,7 +19,7 @@ _COLUMNS = 1024
 @triton.jit
 def _normalize_rows(rows, stride, d, eps, COLUMNS: tl.constexpr):
     row = rows + tl.program_id(0).to(tl.int64) * stride
-    squares = tl.zeros([COLUMNS], tl.float32)
+    squares = tl.full([COLUMNS], 0.0, tl.float32)
     for start in range(0, d, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         w = tl.load(row + column, mask=column < d, other=0.0).to(tl.float32)
@@ -36,8 +36,8 @@ def _normalize_rows(rows, stride, d, eps, COLUMNS: tl.constexpr):
 def _project_rows(grad, grad_stride, rows, row_stride, d, COLUMNS: tl.constexpr):
     g_row = grad + tl.program_id(0).to(tl.int64) * grad_stride
     w_row = rows + tl.program_id(0).to(tl.int64) * row_stride
-    squares = tl.zeros([COLUMNS], tl.float32)
-    products = tl.zeros([COLUMNS], tl.float32)
+    squares = tl.full([COLUMNS], 0.0, tl.float32)
+    products = tl.full([COLUMNS], 0.0, tl.float32)
     for start in range(0, d, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         g = tl.load(g_row + column, mask=column < d, other=0.0).to(tl.float32)
@@ -52,7 +52,7 @@ def _project_rows(grad, grad_stride, rows, row_stride, d, COLUMNS: tl.constexpr)
         tl.store(g_row + column, narrow(g - along * w, grad.dtype.element_ty), mask=column < d)
 
 
-@triton.jit
+@device_function
 def share_along(product, squared):
     """<g, w> / <w, w>, and <g, w>, which is 0, for a row of zeros."""
     return tl.div_rn(product, tl.where(squared > 0, squared, 1.0))
