@@ -7,7 +7,16 @@ import torch
 from fastsae.backends import dispatch, native
 from fastsae.backends.screen import screen_dtype
 
-_OPS = ("encode_topk", "decode", "squared_error", "sampled_dot", "transpose", "accumulate_rows", "fused_update")
+_OPS = (
+    "encode_topk",
+    "encode_threshold",
+    "decode",
+    "squared_error",
+    "sampled_dot",
+    "transpose",
+    "accumulate_rows",
+    "fused_update",
+)
 
 
 @dataclass(frozen=True)

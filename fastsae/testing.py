@@ -239,3 +239,14 @@ def defined_encode_topk(
     pre = pre.relu() if relu_first else pre
     values, indices = pre.sort(dim=1, descending=True, stable=True)
     return values[:, :k].to(x.dtype), indices[:, :k].int()
+
+
+def defined_encode_threshold(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, threshold: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """encode_threshold of x [n_tokens, d_in] with w_enc [d_sae, d_in] as native code must return it, to the bit."""
+    pre = defined_preactivations(x, w_enc, b_enc, b_dec)
+    kept = ~(pre <= threshold.float())
+    counts = kept.sum(dim=1)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return pre[kept].to(x.dtype), kept.nonzero()[:, 1].int(), offsets

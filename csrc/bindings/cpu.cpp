@@ -116,6 +116,37 @@ PYBIND11_MODULE(_cpu, m) {
       },
       release_gil());
   m.def(
+      "threshold_chunk",
+      [](Address scores, int scores_dtype, int64_t n, int64_t f_begin, int64_t f_count,
+         Address row_residual, Address row_norm, Address latent_norm, Address latent_residual,
+         float score_rounding, float absolute, Address threshold, Address x, int64_t x_stride,
+         int dtype, Address b_dec, Address w_enc, int64_t w_stride, Address b_enc, int64_t d,
+         Address not_finite, Address values, Address indices, Address counts) {
+        const fastsae::ScreenBounds bounds = {at<const float>(row_residual),
+                                              at<const float>(row_norm),
+                                              at<const float>(latent_norm),
+                                              at<const float>(latent_residual),
+                                              score_rounding,
+                                              absolute};
+        fastsae::kernels().threshold_chunk(
+            matrix(scores, f_count, scores_dtype), n,
+            {f_begin, f_count, bounds, at<const float>(threshold), matrix(x, x_stride, dtype),
+             at<const float>(b_dec), matrix(w_enc, w_stride, dtype), at<const float>(b_enc), d,
+             at<const uint8_t>(not_finite), at<float>(values), at<int32_t>(indices),
+             at<int32_t>(counts)});
+      },
+      release_gil());
+  m.def(
+      "move_rows",
+      [](Address values, Address indices, Address from, Address counts, int64_t n, Address to,
+         Address out, int dtype, Address out_indices) {
+        fastsae::kernels().move_rows(at<const float>(values), at<const int32_t>(indices),
+                                     at<const int64_t>(from), at<const int32_t>(counts), n,
+                                     at<const int64_t>(to), at<void>(out),
+                                     static_cast<DType>(dtype), at<int32_t>(out_indices));
+      },
+      release_gil());
+  m.def(
       "decode",
       [](Address values, Address indices, Address offsets, int64_t n, int64_t k, Address w_dec,
          int64_t w_stride, int dtype, int64_t d, Address b_dec, Address out, int64_t out_stride) {

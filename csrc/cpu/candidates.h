@@ -6,7 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#include "fastsae/simd.h"
+#include "interval.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {
@@ -86,20 +86,6 @@ void prune(Candidates& c, int64_t k) {
     kept += !loses;
   }
   c.count = kept;
-}
-
-// Sixteen latents of a row as the screen sees them: intervals [pre - error, pre + error].
-struct RowBounds {
-  F16 residual, norm, score_rounding, bias_rounding, absolute;
-};
-struct Interval {
-  F16 pre, error;
-};
-
-// A NaN at either end says nothing about the value: the interval then reaches down to -inf, and up
-// past everything (the compare in `select_row` lets a NaN pass).
-inline F16 lower_end(const Interval& lanes) {
-  return max(sub(lanes.pre, lanes.error), broadcast(-std::numeric_limits<float>::infinity()));
 }
 
 // Appends the lanes of `mask`; false if they do not fit even after pruning.

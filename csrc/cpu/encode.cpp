@@ -25,21 +25,6 @@ namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
 
-template <bool kBias, typename Score>
-inline Interval interval(const RowBounds& row, const Score* score, const float* bias,
-                         const float* alpha, const float* beta) {
-  const F16 s = load(score);
-  const F16 pre = kBias ? add(s, load(bias)) : s;
-  F16 error = fma(row.score_rounding, abs(s), row.absolute);
-  error = fma(row.bias_rounding, abs(pre), error);
-  error = fma(row.norm, load(beta), error);
-  error = fma(row.residual, load(alpha), error);
-  return {pre, error};
-}
-
-// Adding the bias rounds twice, once to the score and once to the value, and the ends of an
-// interval round again: each by at most 2^-24 of what is about |pre|.
-constexpr float kBiasRounding = 0x1p-21f;
 constexpr int64_t kMostFirstLatents = 1024;
 
 template <bool kBias, typename Score>
@@ -47,13 +32,7 @@ void select_row(const Score* scores, int64_t n, int64_t f_begin, int64_t f_count
                 const float* b_enc, const ScreenBounds& bounds, int64_t k,
                 const SelectionState& state) {
   Candidates c = candidates_of(state, n);
-  const float a = bounds.row_residual[n], b = bounds.row_norm[n];
-  // A row of zeros is multiplied without error; a bound of exactly zero lets its ties be decided
-  // here (by index) where any slack would keep every latent.
-  const bool exact = a == 0.0f && b == 0.0f;
-  const RowBounds row = {
-      broadcast(a), broadcast(b), broadcast(exact ? 0.0f : bounds.score_rounding),
-      broadcast(exact ? 0.0f : kBiasRounding), broadcast(exact ? 0.0f : bounds.absolute)};
+  const RowBounds row = bounds_of_row(bounds, n);
   const float* alpha = bounds.latent_norm;
   const float* beta = bounds.latent_residual;
   const float* bias = kBias ? b_enc + f_begin : nullptr;

@@ -14,6 +14,8 @@ const KernelTable table = {
     pack_rows,
     select_chunk,
     select_finish,
+    threshold_chunk,
+    move_rows,
     decode,
     squared_error,
     sampled_dot,

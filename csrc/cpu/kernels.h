@@ -18,6 +18,11 @@ struct KernelTable {
   void (*select_finish)(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc, int64_t n,
                         int64_t d, int64_t d_sae, int64_t k, bool relu_first, SelectionState state,
                         void* values, int32_t* indices);
+  void (*threshold_chunk)(Matrix scores, int64_t n_rows, const ThresholdChunk& chunk);
+  // Row n of a ragged array, counts[n] entries from from[n] on, goes to to[n].
+  void (*move_rows)(const float* values, const int32_t* indices, const int64_t* from,
+                    const int32_t* counts, int64_t n_rows, const int64_t* to, void* out,
+                    DType dtype, int32_t* out_indices);
   void (*decode)(const void* values, Codes codes, Matrix w_dec, int64_t d, const float* b_dec,
                  MutableMatrix out);
   void (*squared_error)(const void* values, Codes codes, Matrix w_dec, int64_t d,

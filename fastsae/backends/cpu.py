@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastsae.backends import native, recycled
 from fastsae.backends.screen import Screen
+from fastsae.backends.screen_threshold import ThresholdScreen
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -81,6 +82,12 @@ def encode_topk(
     if x.shape[0]:
         Screen(x, w_enc, floats(b_enc), floats(b_dec), k, relu_first).run(values, indices)
     return values, indices
+
+
+def encode_threshold(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, threshold: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return ThresholdScreen(rows_of(x), rows_of(w_enc), floats(b_enc), floats(b_dec), floats(threshold)).run()
 
 
 def decode(values: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tensor, b_dec: Tensor | None) -> Tensor:

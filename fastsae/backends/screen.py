@@ -7,6 +7,7 @@ result is the same to the bit whichever ran. Another screen (integer products, s
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +94,51 @@ class _Packer:
         return _Packed(packed, norm, residual.add_(flushed), not_finite)
 
 
+@dataclass
+class Chunk:
+    """Scores [n, count] of the latents from `first` on, and what bounds their errors."""
+
+    first: int
+    count: int
+    scores: Tensor
+    row_residual: Tensor
+    row_norm: Tensor
+    latent_norm: Tensor
+    latent_residual: Tensor
+    score_rounding: float
+    absolute: float
+
+    def bounds(self) -> tuple[int | float, ...]:
+        """As the kernels take them."""
+        vectors = (self.row_residual, self.row_norm, self.latent_norm, self.latent_residual)
+        return (*map(_address, vectors), self.score_rounding, self.absolute)
+
+
+def scored_chunks(rows: _Packed, w_enc: Tensor, pack_w: _Packer, scores: Tensor, dtype: torch.dtype) -> Iterator[Chunk]:
+    """The screen's products with a block of rows, a chunk of latents at a time, in the memory of `scores`."""
+    n, d = rows.rows.shape
+    row_norm = rows.norm + rows.residual
+    # Two factors rounded to bfloat16, the coarsest that torch may choose: (1 + 2⁻⁸)² - 1 is just above 2⁻⁷.
+    reduced = 2.0**-6 if dtype == torch.float32 and _float32_matmul_is_reduced() else 0.0
+    product, value = _gamma(d + 2) + reduced, _gamma(d // 16 + 8)
+    # A float32 score is stored as it was summed; a bfloat16 one is rounded to 8 bits, by 2⁻⁸ of the exact score.
+    score_rounding = 0.0 if dtype == torch.float32 else 1.01 * 2.0**-8
+    for first in range(0, w_enc.shape[0], _LATENTS):
+        latents = pack_w(w_enc[first : first + _LATENTS], None)
+        count = latents.rows.shape[0]
+        # The sums below are of a few float32 operations each: 1e-5 covers their own rounding.
+        latent_norm = latents.norm * (1 + 1e-5)
+        latent_residual = (latents.residual + (latents.norm + latents.residual) * product + latents.norm * value) * (
+            1 + 1e-5
+        )
+        chunk = scores[: n * count].view(n, count)
+        torch.mm(rows.rows, latents.rows.T, out=chunk)
+        yield Chunk(
+            first, count, chunk, rows.residual, row_norm, latent_norm, latent_residual, score_rounding,
+            (2 * d + 16) * 2.0**-126,
+        )  # fmt: skip
+
+
 class _State:
     """The candidates of a block of rows: up to `capacity` a row, each with the interval its value lies in."""
 
@@ -171,28 +217,10 @@ class Screen:
         return overflowed
 
     def _select(self, x: Tensor, rows: _Packed, pack_w: _Packer, scores: Tensor, state: _State) -> None:
-        n, d = x.shape
-        row_norm = rows.norm + rows.residual
-        # Two factors rounded to bfloat16, the coarsest that torch may choose: (1 + 2⁻⁸)² - 1 is just above 2⁻⁷.
-        reduced = 2.0**-6 if self.dtype == torch.float32 and _float32_matmul_is_reduced() else 0.0
-        product, value = _gamma(d + 2) + reduced, _gamma(d // 16 + 8)
-        # A float32 score is stored as it was summed; a bfloat16 one is rounded to 8 bits, by 2⁻⁸ of the exact score.
-        score_rounding = 0.0 if self.dtype == torch.float32 else 1.01 * 2.0**-8
-        for f in range(0, self.d_sae, _LATENTS):
-            latents = pack_w(self.w_enc[f : f + _LATENTS], None)
-            count = latents.rows.shape[0]
-            # The sums below are of a few float32 operations each: 1e-5 covers their own rounding.
-            latent_norm = latents.norm * (1 + 1e-5)
-            latent_residual = (
-                latents.residual + (latents.norm + latents.residual) * product + latents.norm * value
-            ) * (1 + 1e-5)
-            chunk = scores[: n * count].view(n, count)
-            torch.mm(rows.rows, latents.rows.T, out=chunk)
+        for chunk in scored_chunks(rows, self.w_enc, pack_w, scores, self.dtype):
             native.cpu.select_chunk(
-                _address(chunk), count, _DTYPES[self.dtype], n, f, count,
-                _address(self.b_enc), _address(rows.residual), _address(row_norm),
-                _address(latent_norm), _address(latent_residual),
-                score_rounding, (2 * d + 16) * 2.0**-126, self.k, *state.arguments(),
+                _address(chunk.scores), chunk.count, _DTYPES[self.dtype], x.shape[0], chunk.first, chunk.count,
+                _address(self.b_enc), *chunk.bounds(), self.k, *state.arguments(),
             )  # fmt: skip
 
     def _finish(self, x: Tensor, state: _State, values: Tensor, indices: Tensor) -> None:

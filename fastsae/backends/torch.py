@@ -46,6 +46,20 @@ def encode_topk(
     return values, indices
 
 
+def encode_threshold(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, threshold: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As reference.encode_threshold, by blocks of rows."""
+    rows = max(1, _BLOCK_ELEMENTS // w_enc.shape[0])
+    blocks = [
+        reference.encode_threshold(x[start : start + rows], w_enc, b_enc, b_dec, threshold)
+        for start in range(0, max(1, x.shape[0]), rows)
+    ]
+    values, indices, offsets = zip(*blocks, strict=True)
+    counts = torch.cat([part.diff() for part in offsets])
+    return torch.cat(values), torch.cat(indices), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
 def topk_indices(pre: Tensor, k: int) -> Tensor:
     """The k largest of each row by (value, then lower index), NaN above all; int64 [n, k].
 

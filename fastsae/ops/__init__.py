@@ -3,6 +3,7 @@
 from fastsae.ops.accumulate_rows import accumulate_rows
 from fastsae.ops.decode import decode
 from fastsae.ops.encode import encode_topk
+from fastsae.ops.encode_threshold import encode_threshold
 from fastsae.ops.fused_update import Slot, fused_update
 from fastsae.ops.sampled_dot import sampled_dot
 from fastsae.ops.squared_error import squared_error
@@ -14,6 +15,7 @@ __all__ = [
     "Slot",
     "accumulate_rows",
     "decode",
+    "encode_threshold",
     "encode_topk",
     "fused_update",
     "normalize_rows_",

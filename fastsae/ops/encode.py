@@ -103,6 +103,14 @@ def encode_topk(
 
     Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (TopK).
     """
+    d_sae = check_encoder(x, W_enc, b_enc, b_dec)
+    _check.k(k, d_sae)
+    values, indices = encode_topk_op(x.reshape(-1, x.shape[-1]), W_enc.T, b_enc, b_dec, k, relu_first)
+    return SparseCodes._trusted(values, indices, None, d_sae, x.shape[:-1])
+
+
+def check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None) -> int:
+    """Raises for arguments of an encoder that do not fit; returns d_sae."""
     _check.floating("x", x)
     _check.floating("W_enc", W_enc)
     d_in = x.shape[-1] if x.dim() else None
@@ -117,6 +125,4 @@ def encode_topk(
             _check.floating(name, bias)
             _check.shape(name, bias, (size,), f"[{size}]")
             _check.same_kind(name, bias, "W_enc", W_enc)
-    _check.k(k, d_sae)
-    values, indices = encode_topk_op(x.reshape(-1, d_in), W_enc.T, b_enc, b_dec, k, relu_first)
-    return SparseCodes._trusted(values, indices, None, d_sae, x.shape[:-1])
+    return d_sae

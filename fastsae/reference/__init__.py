@@ -8,6 +8,7 @@ as they are. Codes come as `values` and `indices`, either [n_tokens, k] with `of
 from fastsae.reference.accumulate_rows import accumulate_rows
 from fastsae.reference.decode import decode
 from fastsae.reference.encode import encode_topk
+from fastsae.reference.encode_threshold import encode_threshold
 from fastsae.reference.fused_update import fused_update
 from fastsae.reference.sampled_dot import sampled_dot
 from fastsae.reference.squared_error import squared_error
@@ -17,6 +18,7 @@ from fastsae.reference.unit_rows import normalize_rows_, project_rows_
 __all__ = [
     "accumulate_rows",
     "decode",
+    "encode_threshold",
     "encode_topk",
     "fused_update",
     "normalize_rows_",

@@ -38,6 +38,8 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str:
         return "Triton is not installed: pip install triton"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"the Triton kernels run on a CUDA device, the tensors are on {device.type}"
+    if op not in _MODULE_OF:
+        return f"{op} has no Triton kernel"
     if op != "transpose" and dtype not in _DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, not {dtype}"
     return ""

@@ -1,0 +1,126 @@
+// encode_threshold: every latent whose pre-activation is above its own threshold,
+//   pre[n, f] = <x_n - b_dec, w_f> + b_enc[f] > threshold[f]   (or NaN),
+// with the same screen and the same defined dot product as encode.cpp.
+//
+// A latent whose interval does not reach above its threshold is out; what remains of a chunk is
+// recomputed at once, while the chunk's weights are in the second-level cache, and compared
+// exactly. A row has room for the whole chunk, so nothing overflows however many latents fire.
+//
+// Access: a chunk of scores is read once, row by row; the survivors of a row gather rows of a chunk
+// of W_enc. Rows differ in their numbers of survivors, hence the dynamic schedule.
+#include <limits>
+
+#include "dot.h"
+#include "fastsae/scratch.h"
+#include "interval.h"
+#include "isa_kernels.h"
+
+namespace fastsae {
+namespace FASTSAE_ISA {
+namespace {
+
+template <bool kBias, typename Score>
+int64_t screen_row(const Score* scores, int64_t f_count, const float* bias, const float* threshold,
+                   const RowBounds& row, const ScreenBounds& bounds, int32_t* kept) {
+  const float* alpha = bounds.latent_norm;
+  const float* beta = bounds.latent_residual;
+  int64_t count = 0;
+  const auto visit = [&](const Interval& lanes, F16 least, uint32_t valid, int64_t f) {
+    const uint32_t mask = not_less_equal(add(lanes.pre, lanes.error), least) & valid;
+    store_packed_numbers(kept + count, static_cast<int32_t>(f), mask);
+    count += __builtin_popcount(mask);
+  };
+  int64_t f = 0;
+  for (; f + kLanes <= f_count; f += kLanes)
+    visit(interval<kBias>(row, scores + f, bias + f, alpha + f, beta + f), load(threshold + f),
+          0xffffu, f);
+  if (f == f_count) return count;
+  const int64_t rest = f_count - f;
+  Score last_scores[kLanes] = {};
+  float last_bias[kLanes] = {}, last_alpha[kLanes] = {}, last_beta[kLanes] = {};
+  for (int64_t l = 0; l < rest; ++l) {
+    last_scores[l] = scores[f + l];
+    if (kBias) last_bias[l] = bias[f + l];
+    last_alpha[l] = alpha[f + l];
+    last_beta[l] = beta[f + l];
+  }
+  visit(interval<kBias>(row, last_scores, last_bias, last_alpha, last_beta),
+        load_partial(threshold + f, rest), (1u << rest) - 1u, f);
+  return count;
+}
+
+template <typename T, typename Score>
+void threshold_chunk_as(const Score* scores, int64_t n_rows, const ThresholdChunk& c) {
+  const T* w = static_cast<const T*>(c.w_enc.data);
+#pragma omp parallel
+  {
+    // Sixteen places more: lanes are packed to the front and stored whole.
+    Scratch<int32_t> survivors(c.f_count + kLanes);
+    Scratch<float> x(c.d), dots(c.f_count);
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t n = 0; n < n_rows; ++n) {
+      int64_t count = c.f_count;
+      if (c.not_finite[n]) {
+        for (int64_t f = 0; f < count; ++f) survivors[f] = static_cast<int32_t>(f);
+      } else {
+        const RowBounds row = bounds_of_row(c.bounds, n);
+        const Score* row_scores = scores + n * c.f_count;
+        count = c.b_enc ? screen_row<true>(row_scores, c.f_count, c.b_enc, c.threshold, row,
+                                           c.bounds, survivors.get())
+                        : screen_row<false>(row_scores, c.f_count, nullptr, c.threshold, row,
+                                            c.bounds, survivors.get());
+      }
+      if (count) {
+        load_row(static_cast<const T*>(c.x.data) + n * c.x.stride, c.b_dec, c.d, x.get());
+        gathered_dots(
+            x.get(), w, c.w_enc.stride, c.d, count, [&](int64_t j) { return survivors[j]; },
+            dots.get());
+      }
+      float* values = c.values + n * c.f_count;
+      int32_t* indices = c.indices + n * c.f_count;
+      int64_t kept = 0;
+      for (int64_t j = 0; j < count; ++j) {
+        const int32_t f = survivors[j];
+        const float pre = c.b_enc ? dots[j] + c.b_enc[f] : dots[j];
+        if (pre <= c.threshold[f]) continue;
+        values[kept] = pre;
+        indices[kept++] = f + static_cast<int32_t>(c.f_begin);
+      }
+      c.counts[n] = static_cast<int32_t>(kept);
+    }
+  }
+}
+
+}  // namespace
+
+void threshold_chunk(Matrix scores, int64_t n_rows, const ThresholdChunk& chunk) {
+  const auto run = [&](auto* typed) {
+    if (chunk.x.dtype == DType::float32)
+      threshold_chunk_as<float>(typed, n_rows, chunk);
+    else
+      threshold_chunk_as<bfloat16>(typed, n_rows, chunk);
+  };
+  if (scores.dtype == DType::float32)
+    run(static_cast<const float*>(scores.data));
+  else
+    run(static_cast<const bfloat16*>(scores.data));
+}
+
+void move_rows(const float* values, const int32_t* indices, const int64_t* from,
+               const int32_t* counts, int64_t n_rows, const int64_t* to, void* out, DType dtype,
+               int32_t* out_indices) {
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < n_rows; ++n) {
+    for (int64_t j = 0; j < counts[n]; ++j) {
+      const float value = values[from[n] + j];
+      if (dtype == DType::float32)
+        static_cast<float*>(out)[to[n] + j] = value;
+      else
+        assign(static_cast<bfloat16*>(out)[to[n] + j], value);
+      out_indices[to[n] + j] = indices[from[n] + j];
+    }
+  }
+}
+
+}  // namespace FASTSAE_ISA
+}  // namespace fastsae
