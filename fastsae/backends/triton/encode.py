@@ -177,7 +177,8 @@ class _Rows:
         rows, block = _rows_of_selection(self.n_rows), max(256, self.block)
         launch(
             selection.select_kernel, (triton.cdiv(self.n_rows, rows),),
-            self.scores, self.pairs, self.counts, self.thresholds, self.n_rows, begin, end - begin, self.width, k, self.capacity,
+            self.scores, self.pairs, self.counts, self.thresholds,
+            self.n_rows, begin, end - begin, self.width, k, self.capacity,
             FIRST=begin == 0, REDO=redo, ROWS=rows, BLOCK=block, K=self.block,
             num_warps=_warps(rows * max(block, 2 * self.block)),
         )  # fmt: skip

@@ -116,10 +116,12 @@ def _append(found, latents, threshold, inside, pairs, counts, f_end, capacity):
     rows = tl.arange(0, found.shape[0])
     # Not "above": a NaN passes too. Where the k-th best is NaN itself the threshold is +inf, so that nothing else does;
     # a row of them overflows and is redone.
-    passes = ((found <= threshold[:, None]) == 0) & inside[:, None] & (latents < f_end)[None, :]
+    passes = ((found <= threshold[:, None]) == 0) & (latents < f_end)[None, :]
     number = passes.to(tl.int32)
     total = tl.sum(number, axis=1)
-    base = tl.atomic_add(counts + rows, total, mask=total > 0, sem="relaxed")
+    base = tl.atomic_add(counts + rows, total, mask=inside & (total > 0), sem="relaxed")
+    # Rows past the end have no place.
+    base = tl.where(inside, base, capacity)
     place = base[:, None] + tl.cumsum(number, axis=1) - 1
     spot = pairs + (rows[:, None] * capacity + place)
     tl.store(spot, pairs_of(found, latents[None, :]), mask=passes & (place < capacity))

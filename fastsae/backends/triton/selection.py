@@ -56,16 +56,27 @@ def _is_upper(rank: tl.constexpr, axis: tl.constexpr):
 
 
 @triton.jit
+def _exchanged(cube, rank: tl.constexpr, axis: tl.constexpr, alternating: tl.constexpr):
+    """Pairs along `axis` put larger first, or the other way where the place along axis `alternating` is 1."""
+    other = tl.sum(cube, axis=axis, keep_dims=True) - cube
+    second = _is_upper(rank, axis)
+    if alternating >= 0:
+        second = second ^ _is_upper(rank, alternating)
+    return tl.where((cube > other) != (second == 0), other, cube)
+
+
+@triton.jit
 def _merged(cube, rank: tl.constexpr, stage: tl.constexpr, alternate: tl.constexpr):
     """Sorts bitonic runs of 2^stage: descending, or every other run ascending."""
     for step in tl.static_range(stage):
-        axis: tl.constexpr = rank - stage + step
-        other = tl.sum(cube, axis=axis, keep_dims=True) - cube
-        upper = _is_upper(rank, axis)
-        if alternate:
-            upper = upper ^ _is_upper(rank, rank - stage - 1)
-        cube = tl.where((cube > other) != (upper == 0), other, cube)
+        cube = _exchanged(cube, rank, rank - stage + step, rank - stage - 1 if alternate else -1)
     return cube
+
+
+@triton.jit
+def _halved(cube, rank: tl.constexpr, log_k: tl.constexpr, alternate: tl.constexpr):
+    """Of two sorted runs of 2^log_k, one each way, the larger of each pair are the largest, and a bitonic run."""
+    return _merged(tl.max(cube, axis=rank - 1 - log_k), rank - 1, log_k, alternate)
 
 
 @triton.jit
@@ -80,19 +91,29 @@ def best_of(keys, K: tl.constexpr):
         cube = tl.reshape(keys, [2] * (log_rows + log_width))
         for stage in tl.static_range(1, log_k + 1):
             cube = _merged(cube, log_rows + log_width, stage, stage < log_width)
-        # Of two sorted runs of K, one each way, the larger of each pair are the K largest, and a bitonic run.
         for halving in tl.static_range(log_width - log_k):
-            left: tl.constexpr = log_rows + log_width - 1 - halving
-            cube = _merged(tl.max(cube, axis=left - log_k), left, log_k, left > log_rows + log_k)
+            cube = _halved(cube, log_rows + log_width - halving, log_k, log_width - halving - 1 > log_k)
         best = tl.reshape(cube, [keys.shape[0], K])
     return best
 
 
 @triton.jit
-def _kth_value(keys, k):
-    """The value of the k-th key of each row; +inf for NaN, so that `score <= value` fails for a NaN score alone."""
-    places = tl.arange(0, keys.shape[1])[None, :]
-    ordered = (tl.sum(tl.where(places == k - 1, keys, 0), axis=1) >> 32).to(tl.int32)
+def _joined(rising, falling, K: tl.constexpr):
+    """The K largest of two sorted lists of K, one each way: the larger of each pair; rising."""
+    best = tl.maximum(rising, falling)
+    if K > 1:
+        log_rows: tl.constexpr = _log2(rising.shape[0])
+        log_k: tl.constexpr = _log2(K)
+        # Complements fall where the keys rise.
+        cube = _merged(tl.reshape(~best, [2] * (log_rows + log_k)), log_rows + log_k, log_k, False)
+        best = ~tl.reshape(cube, [rising.shape[0], K])
+    return best
+
+
+@triton.jit
+def _value_of(keys):
+    """The value of each key; +inf for NaN, so that `score <= value` fails for a NaN score alone."""
+    ordered = (keys >> 32).to(tl.int32)
     value = (ordered ^ ((ordered >> 31) & _LOW)).to(tl.float32, bitcast=True)
     return tl.where(value == value, value, float("inf"))
 
@@ -112,7 +133,8 @@ def select_kernel(
         wanted = wanted & (tl.load(counts + rows, mask=wanted, other=0) > capacity)
         if tl.max(wanted.to(tl.int32), axis=0) == 0:
             return
-    places = tl.arange(0, K)[None, :]
+    # Held rising, the best last, as `_joined` wants them.
+    places = K - 1 - tl.arange(0, K)[None, :]
     state = pairs + rows[:, None] * capacity + places
     kept = wanted[:, None] & (places < k)
     best = tl.full([ROWS, K], _NOTHING, tl.int64)
@@ -128,10 +150,10 @@ def select_kernel(
         above = inside & (keys > threshold[:, None])
         if tl.max(tl.max(above.to(tl.int32), axis=1), axis=0) != 0:
             entering = best_of(tl.where(above, keys, _NOTHING), K)
-            best = best_of(tl.reshape(tl.join(best, entering), [ROWS, 2 * K]), K)
+            best = _joined(best, entering, K)
             threshold = tl.sum(tl.where(places == k - 1, best, 0), axis=1)
     tl.store(state, _pairs_of_keys(best), mask=kept)
-    tl.store(thresholds + rows, _kth_value(best, k), mask=wanted)
+    tl.store(thresholds + rows, _value_of(threshold), mask=wanted)
     if not REDO:
         tl.store(counts + rows, tl.zeros([ROWS], tl.int32) + k, mask=wanted)
 
@@ -157,5 +179,6 @@ def merge_kernel(
     best = best_of(tl.where(filled, keys, _NOTHING), K)
     front = tl.arange(0, K)[None, :]
     tl.store(pairs + rows[:, None] * capacity + front, _pairs_of_keys(best), mask=grown[:, None] & (front < k))
-    tl.store(thresholds + rows, _kth_value(best, k), mask=grown)
+    last = tl.sum(tl.where(front == k - 1, best, 0), axis=1)
+    tl.store(thresholds + rows, _value_of(last), mask=grown)
     tl.store(counts + rows, tl.zeros([ROWS], tl.int32) + k, mask=grown)
