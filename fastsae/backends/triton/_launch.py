@@ -54,3 +54,9 @@ def rows_of(matrix: Tensor) -> Tensor:
 def vector(tensor: Tensor | None) -> Tensor | None:
     """Biases and scales come in any floating dtype; the kernels widen them as they load."""
     return None if tensor is None else tensor.contiguous()
+
+
+def one_for_each(name: str, tensor: Tensor | None, n: int, what: str) -> None:
+    """Raises ValueError where a kernel would read past the end of `tensor`. Sizes are the host's: nothing waits."""
+    if tensor is not None and tensor.shape[0] != n:
+        raise ValueError(f"{name} has {tensor.shape[0]} rows: expected {n}, one for each {what}")

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae.backends.triton._cases import WIDTHS, case
-from fastsae.backends.triton._launch import TYPES, device_function, launch, slice_width
+from fastsae.backends.triton._launch import TYPES, device_function, launch, one_for_each, slice_width
 
 ENTRIES = 8
 _LEAST_WINDOW_BITS = 7
@@ -128,6 +128,9 @@ def sum_windows(
 ) -> Windows:
     """The first of the two phases; the second passes the result to `sum_latent`."""
     nnz, (n_tokens, d) = entries.numel(), rows.shape
+    one_for_each("values", values.reshape(-1), nnz, "entry")
+    one_for_each("tokens", tokens, nnz, "entry")
+    one_for_each("row_scale", row_scale, n_tokens, "row")
     window_bits = max(_LEAST_WINDOW_BITS, (nnz // _MOST_WINDOWS).bit_length())
     windows = nnz >> window_bits
     sums = torch.empty(windows, d, dtype=torch.float32, device=rows.device)

@@ -18,7 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae.backends.triton._cases import WIDTHS, case
-from fastsae.backends.triton._launch import TYPES, device_function, launch, narrow, rows_of, slice_width, vector
+from fastsae.backends.triton._launch import (
+    TYPES,
+    device_function,
+    launch,
+    narrow,
+    one_for_each,
+    rows_of,
+    slice_width,
+    vector,
+)
 
 _ENTRIES = 8
 
@@ -98,6 +107,7 @@ def decode(values: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tenso
     """As reference.decode; a token with an index outside [0, d_sae) or offsets that do not fit is NaN."""
     w_dec, d = rows_of(w_dec), w_dec.shape[1]
     n_tokens, k = sizes_of(indices, offsets)
+    one_for_each("values", values.reshape(-1), indices.numel(), "index")
     y = w_dec.new_empty(n_tokens, d)
     width = slice_width(d, w_dec.dtype)
     launch(
@@ -119,6 +129,8 @@ def squared_error(
     """As reference.squared_error; a token with an index outside [0, d_sae) or offsets that do not fit is NaN."""
     w_dec, target, d = rows_of(w_dec), rows_of(target), w_dec.shape[1]
     n_tokens, k = sizes_of(indices, offsets)
+    one_for_each("values", values.reshape(-1), indices.numel(), "index")
+    one_for_each("target", target, n_tokens, "token of the codes")
     residual = target.new_empty(n_tokens, d)
     width = slice_width(d, w_dec.dtype)
     slices = triton.cdiv(d, width)

@@ -189,9 +189,8 @@ def fused_update(
 ) -> None:
     """As reference.fused_update; a latent with a token or an entry out of range becomes NaN."""
     codes = latent_offsets.contiguous(), tokens.contiguous(), entries.contiguous()
-    adam = (
-        lr / (1 - beta1**step), 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** -0.5, float(eps), float(weight_decay)
-    )  # fmt: skip
+    rates = lr / (1 - beta1**step), 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** -0.5, eps, weight_decay
+    adam = tuple(float(rate) for rate in rates)
     given = [*w_enc, *b_enc, *w_dec]
     used = [rows_of(t) if t.dim() == 2 else t.contiguous() for t in given]
     parts = len(w_enc)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae.backends.triton._cases import WIDTHS, case
-from fastsae.backends.triton._launch import TYPES, launch, narrow, rows_of, slice_width, vector
+from fastsae.backends.triton._launch import TYPES, launch, narrow, one_for_each, rows_of, slice_width, vector
 from fastsae.backends.triton.decode import sizes_of, token_bounds
 
 _ENTRIES = 8
@@ -57,6 +57,8 @@ def sampled_dot(g: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tenso
     """As reference.sampled_dot; an index outside [0, d_sae) gives NaN, entries of no token stay as allocated."""
     g, w_dec, indices = rows_of(g), rows_of(w_dec), indices.contiguous()
     n_tokens, k = sizes_of(indices, offsets)
+    one_for_each("g", g, n_tokens, "token of the codes")
+    one_for_each("row_scale", row_scale, n_tokens, "token of the codes")
     out = g.new_empty(indices.shape)
     nnz = indices.numel()
     split = min(_MOST_SPLIT, triton.cdiv(nnz, max(1, n_tokens) * _ENTRIES))
