@@ -12,9 +12,9 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/include/fastsae/*.h)
+CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/include/fastsae/*.h csrc/include/fastsae/*.cuh)
 
-.PHONY: demo test lint format bench gpu-check wheel constraints clean
+.PHONY: demo test lint format bench compile-check gpu-check wheel constraints clean
 
 demo: $(STAMP)
 	$(BIN)/fastsae demo
@@ -36,6 +36,10 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/fastsae bench
 
+# Needs no GPU: what each GPU kernel takes of sm_80, sm_90 and sm_100, and whether one spills.
+compile-check: $(STAMP)
+	$(BIN)/python -m fastsae.backends.compile_check $(ARGS)
+
 # On a machine with a GPU, in the environment that is active there: its torch is the one to be tested, so nothing is
 # set up. WHEELS names a folder of wheels for what it lacks and cannot download.
 gpu-check:
@@ -53,7 +57,8 @@ constraints: $(BIN)/python
 	@cat build/constraints.head constraints.txt > build/constraints.txt && mv build/constraints.txt constraints.txt
 
 clean:
-	rm -rf build dist *.egg-info fastsae/_cpu*.so $(STAMP) .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info fastsae/_cpu*.so fastsae/_cuda*.so \
+	  $(STAMP) .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

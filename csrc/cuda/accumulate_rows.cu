@@ -14,7 +14,7 @@ namespace cuda {
 namespace {
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
     accumulate_rows_kernel(Terms<T> of, T* __restrict__ out, int64_t out_stride,
                            T* __restrict__ value_sums) {
   const int64_t f = blockIdx.x;

@@ -54,7 +54,7 @@ __device__ inline void decode_columns(const Decode<T>& of, int64_t n, int64_t co
 }
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
     decode_kernel(Decode<T> of, T* __restrict__ out, int64_t out_stride) {
   const int64_t n = blockIdx.x;
   for (int64_t base = 0; base < of.d; base += blockDim.x * kVector) {
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kMostThreads)
 }
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
     squared_error_kernel(Decode<T> of, const T* __restrict__ target, int64_t target_stride,
                          T* __restrict__ residual, int64_t residual_stride,
                          float* __restrict__ squared_error) {

@@ -131,7 +131,7 @@ __device__ inline void update_unit_norm(const Terms<T>& terms, const Parameter<T
 }
 
 template <typename T, int kVector, bool kUnitNorm>
-__global__ void __launch_bounds__(kMostThreads) fused_update_kernel(Update<T> u) {
+__global__ void __launch_bounds__(kMostThreads, kFewestBlocks) fused_update_kernel(Update<T> u) {
   const int64_t f = blockIdx.x;
   if (kUnitNorm)
     update_unit_norm<kVector>(u.decoder, u.w_dec, u.adam, f, dynamic_shared<float>());

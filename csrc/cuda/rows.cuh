@@ -12,9 +12,12 @@ namespace cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
-// The widest block of these kernels: eight warps leave each thread 255 registers on every
-// architecture, and eight such blocks fill a multiprocessor. No GPU has run this yet.
+// The widest block of these kernels: rows of up to 1,024 (float32) or 2,048 columns need one vector
+// a thread. Two such blocks must fit a multiprocessor, 128 registers a thread: left to itself,
+// ptxas takes 32 to 48, which it finds by loading the rows that should be in flight together one
+// after the other. No GPU has run this yet.
 constexpr int kMostThreads = 256;
+constexpr int kFewestBlocks = 2;
 
 template <typename T>
 constexpr int kWide = 16 / static_cast<int>(sizeof(T));

@@ -29,7 +29,7 @@ struct SampledDot {
 };
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, kFewestBlocks)
     sampled_dot_kernel(SampledDot<T> of, T* __restrict__ out) {
   const int64_t n = blockIdx.x;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

@@ -6,7 +6,7 @@ namespace cuda {
 namespace {
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kMostThreads) pieces_kernel(Terms<T> of) {
+__global__ void __launch_bounds__(kMostThreads, kFewestBlocks) pieces_kernel(Terms<T> of) {
   const int64_t row = blockIdx.x;
   const Segment piece = piece_of_row(of.codes, of.nnz, row);
   if (piece.begin == piece.end) return;

@@ -60,6 +60,7 @@ def examine() -> Report:
     report = Report()
     report.facts["versions"] = _versions(report)
     report.facts["native library"] = _native(report)
+    report.facts["CUDA library"] = _cuda_library(report)
     report.facts["threads"] = _threads(report)
     report.facts["graphics processors"] = _gpus(report)
     report.facts["operators"] = _operators(report)
@@ -101,6 +102,19 @@ def _native(report: Report) -> dict[str, Any]:
         return {"file": None, "instruction set": None, "instruction sets": []}
     isas = [{"name": name, "built": was_built, "runs here": runs} for name, was_built, runs in native.cpu.isas()]
     return {"file": native.cpu.__file__, "instruction set": native.cpu.isa(), "instruction sets": isas}
+
+
+def _cuda_library(report: Report) -> dict[str, Any]:
+    if native.cuda is not None:
+        return {"file": native.cuda.__file__, "architectures": native.cuda.architectures()}
+    what, _, how = native.why_not_cuda.partition("; to get it, ")
+    built = sorted(str(path) for path in Path(fastsae.__file__).parent.glob("_cuda.*") if path.suffix == ".so")
+    # Without a GPU nothing is missing: the library would serve nothing. A file that does not load is another matter.
+    if how and built:
+        report.findings.append(Finding("broken", what, how))
+    elif how and torch.cuda.is_available():
+        report.findings.append(Finding("missing", what, how))
+    return {"file": None, "why not": what}
 
 
 def _threads(report: Report) -> dict[str, Any]:
@@ -177,7 +191,7 @@ def text(report: Report) -> str:
     """The report as a person reads it."""
     lines = []
     for section, facts in report.facts.items():
-        lines.append(section.capitalize())
+        lines.append(section[0].upper() + section[1:])
         width = max(map(len, facts), default=0)
         for name, value in facts.items():
             first, *rest = _shown(value)

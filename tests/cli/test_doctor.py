@@ -131,3 +131,26 @@ def test_extras_are_those_of_pyproject():
         listed = re.search(rf"^{extra} = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
         assert listed, extra
         assert tuple(re.findall(r'"([\w-]+)', listed[1])) == packages
+
+
+def test_the_cuda_library_is_reported(monkeypatch, tmp_path):
+    class Library:
+        __file__ = "/x/_cuda.so"
+
+        @staticmethod
+        def architectures():
+            return "80 90"
+
+    monkeypatch.setattr(native, "cuda", Library)
+    assert module.examine().facts["CUDA library"] == {"file": "/x/_cuda.so", "architectures": "80 90"}
+    monkeypatch.setattr(native, "cuda", None)
+    monkeypatch.setattr(native, "why_not_cuda", "the CUDA library is not there (x); to get it, do this")
+    monkeypatch.setattr(fastsae, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report = module.examine()
+    assert report.facts["CUDA library"] == {"file": None, "why not": "the CUDA library is not there (x)"}
+    assert not [finding for finding in report.findings if "CUDA" in finding.what]
+    (tmp_path / "_cuda.abi.so").touch()
+    report = module.examine()
+    assert report.broken
+    assert [finding.how for finding in report.findings if "CUDA" in finding.what] == ["do this"]
