@@ -142,3 +142,13 @@ def test_state_of_any_strides(triton):
         triton.fused_update(*arguments, *slots, 1e-2, 0.9, 0.99, 1e-8, 0.0, 1, False)
     for one, other in zip(chain(*state), chain(*strided), strict=True):
         assert_same_bits(other, one)
+
+
+def test_sizes_that_do_not_fit_are_refused(triton):
+    codes, W_dec = random_codes(6, 30, 4), torch.randn(30, 20)
+    with pytest.raises(ValueError, match=r"values has 20 rows: expected 24, one for each index"):
+        triton.decode(codes.values[:5], codes.indices, None, W_dec, None)
+    with pytest.raises(ValueError, match=r"g has 5 rows: expected 6, one for each token of the codes"):
+        triton.sampled_dot(torch.randn(5, 20), codes.indices, None, W_dec, None)
+    with pytest.raises(ValueError, match=r"row_scale has 5 rows: expected 6, one for each row"):
+        triton.accumulate_rows(codes.values, *ops.transpose(codes), torch.randn(6, 20), None, torch.ones(5))
