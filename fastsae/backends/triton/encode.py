@@ -14,6 +14,7 @@ would be 8 F bytes. Every result is a function of the scores alone and a score o
 sums, no float atomics), so bits repeat. No GPU has run this yet: tile sizes are reasoned (gemm.py), not measured.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from fastsae.backends import torch as torch_backend
 from fastsae.backends.triton import gemm, interpreted, selection
-from fastsae.backends.triton._launch import launch, power_of_two, rows_of, vector
+from fastsae.backends.triton._cases import WIDTHS, CompileCase, case
+from fastsae.backends.triton._launch import TYPES, launch, power_of_two, rows_of, vector
 
 _MOST_K = 2048
 # The product re-reads W_enc for each block of rows; from 8,192 on that is hidden behind the arithmetic.
@@ -49,14 +51,22 @@ class _Tile:
     appended_at_once: int
 
     @classmethod
-    def of(cls, dtype: torch.dtype, n_rows: int, d_in: int, precision: str) -> "_Tile":
+    def of(cls, dtype: torch.dtype, n_rows: int, d_in: int, precision: str, slices: int) -> "_Tile":
         depth = max(16, min(64, power_of_two(d_in)))
         rows = max(16, min(128, power_of_two(n_rows)))
         if dtype.itemsize == 2:
-            return cls(rows, 256, depth, 8, 3, 16) if rows == 128 else cls(rows, 128, depth, 4, 4, 32)
+            return cls(rows, 256, depth, 8, 3, slices) if rows == 128 else cls(rows, 128, depth, 4, 4, 32)
         if precision == "tf32":
             return cls(rows, 128, min(32, depth), 8 if rows == 128 else 4, 3, 32)
         return cls(min(64, rows), 64, 16, 4, 2, 32)
+
+
+def _slice_of_widest_tile(device: torch.device) -> int:
+    """Columns of a tile of 128 x 256 that are appended at once: more spill registers, by what the compiler reports.
+
+    From compute capability 10 on sums are held in tensor memory, and there it is the smaller slices that spill.
+    """
+    return 32 if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0) else 16
 
 
 def _rows_of_selection(n_rows: int) -> int:
@@ -137,7 +147,8 @@ class _Rows:
         self.counts = torch.empty(self.n_rows, dtype=torch.int32, device=x.device)
         self.thresholds = torch.empty(self.n_rows, dtype=torch.float32, device=x.device)
         self.scores = torch.empty(self.n_rows, self.width, dtype=torch.float32, device=x.device)
-        self.tile = _Tile.of(x.dtype, self.n_rows, encoder.d_in, encoder.precision)
+        slices = _slice_of_widest_tile(x.device)
+        self.tile = _Tile.of(x.dtype, self.n_rows, encoder.d_in, encoder.precision, slices)
         self.block = power_of_two(encoder.k)
 
     def encode(self, values: Tensor, indices: Tensor) -> None:
@@ -218,3 +229,50 @@ def encode_topk(
             end = min(n_tokens, first + _MOST_ROWS)
             encoder.rows(first, end, values[first:end], indices[first:end])
     return values, indices
+
+
+def _cases() -> Iterator[CompileCase]:
+    numbers = "capacity i32 n_rows i32 f_begin i32 f_count i32 d_in i32 x_stride i32 w_stride i32"
+    for dtype, precision in (
+        (torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee"), (torch.float16, "ieee"),
+    ):  # fmt: skip
+        t, half = TYPES[dtype], dtype.itemsize == 2
+        operands = f"x *{t} w *{t} b_dec *{t} bias *fp32"
+        # Whole steps of depth at every width: one case serves them all.
+        for slices in (16, 32) if half else (16,):
+            tile = _Tile.of(dtype, _MOST_ROWS, WIDTHS[0], precision, slices)
+            assert all(width % tile.depth == 0 for width in WIDTHS)
+            sizes = {
+                "BLOCK_M": tile.rows, "BLOCK_N": tile.latents, "BLOCK_K": tile.depth, "EVEN_K": True, "WIDEN": False,
+                "CENTRE": not half, "BIAS": True, "RELU": False, "PRECISION": precision,
+            }  # fmt: skip
+            options = {"num_warps": tile.warps, "num_stages": tile.stages}
+            name = f"{t} {precision}, {tile.rows} x {tile.latents} x {tile.depth}"
+            state = "pairs *i64 counts *i32 thresholds *fp32"
+            yield case(
+                f"survivors {name} by {tile.appended_at_once}", gemm.survivors_kernel, f"{operands} {state} {numbers}",
+                {**sizes, "SLICE": tile.appended_at_once}, **options,
+            )  # fmt: skip
+        scores = f"{operands} scores *fp32 counts *i32 width i32 {numbers}"
+        yield case(f"scores {name}", gemm.scores_kernel, scores, {**sizes, "REDO": True}, **options)
+        if half:
+            yield case(
+                f"folded bias {t}", gemm.bias_kernel,
+                f"w *{t} b_dec *{t} b_enc *{t} out *fp32 d_sae i32 d_in i32 w_stride i32",
+                {"BLOCK_F": 16, "BLOCK_K": 128, "BIAS": True}, num_warps=4,
+            )  # fmt: skip
+    state = "pairs *i64 counts *i32 thresholds *fp32 n_rows i32"
+    for k in (32, 64, 512):
+        block, widest, capacity = power_of_two(k), max(256, 2 * power_of_two(k)), capacity_of(k)
+        yield case(
+            f"select k={k}", selection.select_kernel,
+            f"scores *fp32 {state} f_begin i32 f_count i32 width i32 k i32 capacity i32",
+            {"FIRST": False, "REDO": True, "ROWS": 1, "BLOCK": max(256, block), "K": block}, num_warps=_warps(widest),
+        )  # fmt: skip
+        yield case(
+            f"merge k={k}", selection.merge_kernel, f"{state} k i32 capacity i32",
+            {"ROWS": 1, "CAPACITY": capacity, "K": block}, num_warps=_warps(capacity),
+        )  # fmt: skip
+
+
+COMPILE_CASES = list(_cases())

@@ -16,9 +16,10 @@ threshold and appends the few that pass behind the row's best, by one integer at
 which they arrive differs from run to run; the set does not, and its order is decided by keys (selection.py). Of a
 chunk as long as all latents before it, about k a row pass, so the bytes written are k · 8 a row, not 4 a score.
 
-Tiles: 128 x 256 with 8 warps keep 128 accumulators a thread and do 85 operations a byte of shared memory read, what a
-Hopper tensor core needs; 3 stages of 48 KiB fit the 163 KiB of an A100. float32 in tf32 has elements twice as wide:
-128 x 128 in steps of 32. Exact float32 runs on the ordinary units, 64 accumulators a thread. No GPU has run this yet.
+Tiles: 128 x 256 with 8 warps keep 128 sums a thread and do 85 operations a byte of shared memory read, what a Hopper
+tensor core needs; 3 stages of 48 KiB fit the 163 KiB of an A100. Appending wants registers of its own, so it goes by
+slices of a tile (_Tile in encode.py says how wide). tf32 factors are twice as wide: 128 x 128 in steps of 32. Exact
+float32 runs on the ordinary units: 64 x 64, 32 sums a thread and the factors of 16 steps. No GPU has run this yet.
 """
 
 import triton
@@ -74,7 +75,7 @@ def _tile(
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "f_begin", "f_count"])
 def scores_kernel(
     x, w, b_dec, bias, scores, counts, width, capacity, n_rows, f_begin, f_count, d_in, x_stride, w_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -127,7 +128,7 @@ def _append(found, latents, threshold, inside, pairs, counts, f_end, capacity):
     tl.store(spot, pairs_of(found, latents[None, :]), mask=passes & (place < capacity))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "f_begin", "f_count"])
 def survivors_kernel(
     x, w, b_dec, bias, pairs, counts, thresholds, capacity, n_rows, f_begin, f_count, d_in, x_stride, w_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -153,7 +154,7 @@ def survivors_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["d_sae"])
 def bias_kernel(
     w, b_dec, b_enc, out, d_sae, d_in, w_stride,
     BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr,

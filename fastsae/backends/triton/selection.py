@@ -118,7 +118,7 @@ def _value_of(keys):
     return tl.where(value == value, value, float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "f_begin", "f_count", "k"])
 def select_kernel(
     scores, pairs, counts, thresholds, n_rows, f_begin, f_count, width, k, capacity,
     FIRST: tl.constexpr, REDO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr,
@@ -158,7 +158,7 @@ def select_kernel(
         tl.store(counts + rows, tl.zeros([ROWS], tl.int32) + k, mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "k"])
 def merge_kernel(
     pairs, counts, thresholds, n_rows, k, capacity,
     ROWS: tl.constexpr, CAPACITY: tl.constexpr, K: tl.constexpr,
