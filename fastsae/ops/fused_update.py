@@ -115,6 +115,12 @@ def fused_update(
             raise ValueError(
                 f"W_enc.{part} has strides {tensor.T.stride()}: expected W_enc.T contiguous (feature-major)"
             )
+    for name, slot in (("b_enc", b_enc), ("W_dec", W_dec)):
+        for part, tensor in zip(Slot._fields, slot.tensors(), strict=False):
+            if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+                raise ValueError(f"{name}.{part} has strides {tensor.stride()}: expected rows that are contiguous")
+    if row_scale is not None:
+        _check.shape("row_scale", row_scale, (codes.n_tokens,), "[n_tokens]")
     latent_major = transposed(codes.indices, codes.offsets, d_sae)
     fused_update_op(
         codes.values,

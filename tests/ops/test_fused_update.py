@@ -159,6 +159,20 @@ def test_refuses_a_row_major_encoder():
         )  # fmt: skip
 
 
+def test_refuses_rows_and_scales_that_do_not_fit():
+    codes, grad_values, residual, x, _, row_scale, slots = inputs(5, 8, 20, 2, torch.float32)
+    (w_enc, m, s), b_enc, w_dec = slots
+    encoder = ops.Slot(w_enc.T, m.T, s.T)
+    transposed = ops.Slot(w_dec[0].T.contiguous().T, *w_dec[1:])
+    with pytest.raises(ValueError, match=r"W_dec.parameter has strides \(1, 20\): expected rows that are contiguous"):
+        ops.fused_update(codes, grad_values, residual, x, encoder, ops.Slot(*b_enc), transposed, **HYPER)
+    with pytest.raises(ValueError, match=r"row_scale has shape \(4,\)"):
+        ops.fused_update(
+            codes, grad_values, residual, x, encoder, ops.Slot(*b_enc), ops.Slot(*w_dec),
+            row_scale=row_scale[:4], **HYPER,
+        )  # fmt: skip
+
+
 def test_refuses_step_zero():
     codes, grad_values, residual, x, _, _, slots = inputs(5, 8, 20, 2, torch.float32)
     (w_enc, m, s), b_enc, w_dec = slots
