@@ -51,22 +51,21 @@ class _Tile:
     appended_at_once: int
 
     @classmethod
-    def of(cls, dtype: torch.dtype, n_rows: int, d_in: int, precision: str, slices: int) -> "_Tile":
+    def of(cls, dtype: torch.dtype, n_rows: int, d_in: int, precision: str, widest: int) -> "_Tile":
         depth = max(16, min(64, power_of_two(d_in)))
         rows = max(16, min(128, power_of_two(n_rows)))
         if dtype.itemsize == 2:
-            return cls(rows, 256, depth, 8, 3, slices) if rows == 128 else cls(rows, 128, depth, 4, 4, 32)
+            if rows < 128:
+                return cls(rows, 128, depth, 4, 4, 32)
+            return cls(rows, widest, depth, 8, 3, 16 if widest > 128 else 32)
         if precision == "tf32":
             return cls(rows, 128, min(32, depth), 8 if rows == 128 else 4, 3, 32)
         return cls(min(64, rows), 64, 16, 4, 2, 32)
 
 
-def _slice_of_widest_tile(device: torch.device) -> int:
-    """Columns of a tile of 128 x 256 that are appended at once: more spill registers, by what the compiler reports.
-
-    From compute capability 10 on sums are held in tensor memory, and there it is the smaller slices that spill.
-    """
-    return 32 if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0) else 16
+def _widest_tile(device: torch.device) -> int:
+    """Latents of the widest tile that keeps its sums and its survivors in registers."""
+    return 128 if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0) else 256
 
 
 def _rows_of_selection(n_rows: int) -> int:
@@ -147,8 +146,9 @@ class _Rows:
         self.counts = torch.empty(self.n_rows, dtype=torch.int32, device=x.device)
         self.thresholds = torch.empty(self.n_rows, dtype=torch.float32, device=x.device)
         self.scores = torch.empty(self.n_rows, self.width, dtype=torch.float32, device=x.device)
-        slices = _slice_of_widest_tile(x.device)
-        self.tile = _Tile.of(x.dtype, self.n_rows, encoder.d_in, encoder.precision, slices)
+        shape = x.dtype, self.n_rows, encoder.d_in, encoder.precision
+        self.written = _Tile.of(*shape, widest=128)
+        self.appended = _Tile.of(*shape, widest=_widest_tile(x.device))
         self.block = power_of_two(encoder.k)
 
     def encode(self, values: Tensor, indices: Tensor) -> None:
@@ -169,9 +169,8 @@ class _Rows:
         values.copy_(bits.view(torch.float32))
         indices.copy_(latents)
 
-    def _product(self, kernel, operands: tuple, begin: int, end: int, **flags) -> None:
-        encoder, tile = self.encoder, self.tile
-        unused = self.counts
+    def _product(self, kernel, tile: _Tile, operands: tuple, begin: int, end: int, **flags) -> None:
+        encoder, unused = self.encoder, self.counts
         programs = triton.cdiv(self.n_rows, tile.rows) * triton.cdiv(end - begin, tile.latents)
         launch(
             kernel, (programs,), self.x, encoder.w,
@@ -184,7 +183,8 @@ class _Rows:
 
     def _select(self, begin: int, end: int, redo: bool) -> None:
         k = self.encoder.k
-        self._product(gemm.scores_kernel, (self.scores, self.counts, self.width), begin, end, REDO=redo)
+        operands = self.scores, self.counts, self.width
+        self._product(gemm.scores_kernel, self.written, operands, begin, end, REDO=redo)
         rows, block = _rows_of_selection(self.n_rows), max(256, self.block)
         launch(
             selection.select_kernel, (triton.cdiv(self.n_rows, rows),),
@@ -196,7 +196,8 @@ class _Rows:
 
     def _append_survivors(self, begin: int, end: int) -> None:
         operands = self.pairs, self.counts, self.thresholds
-        self._product(gemm.survivors_kernel, operands, begin, end, SLICE=self.tile.appended_at_once)
+        tile = self.appended
+        self._product(gemm.survivors_kernel, tile, operands, begin, end, SLICE=tile.appended_at_once)
         rows = _rows_of_selection(self.n_rows)
         launch(
             selection.merge_kernel, (triton.cdiv(self.n_rows, rows),),
@@ -239,8 +240,8 @@ def _cases() -> Iterator[CompileCase]:
         t, half = TYPES[dtype], dtype.itemsize == 2
         operands = f"x *{t} w *{t} b_dec *{t} bias *fp32"
         # Whole steps of depth at every width: one case serves them all.
-        for slices in (16, 32) if half else (16,):
-            tile = _Tile.of(dtype, _MOST_ROWS, WIDTHS[0], precision, slices)
+        for widest in (256, 128) if half else (128,):
+            tile = _Tile.of(dtype, _MOST_ROWS, WIDTHS[0], precision, widest)
             assert all(width % tile.depth == 0 for width in WIDTHS)
             sizes = {
                 "BLOCK_M": tile.rows, "BLOCK_N": tile.latents, "BLOCK_K": tile.depth, "EVEN_K": True, "WIDEN": False,
