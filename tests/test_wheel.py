@@ -205,3 +205,24 @@ def test_requiring_native_code_fails_without_it(tree, tmp_path, cxx):
     done = subprocess.run(command, env=environment(FASTSAE_REQUIRE_NATIVE="1", CXX=cxx), **options)
     assert done.returncode != 0
     assert not list(tmp_path.rglob("_cpu*.so"))
+
+
+@pytest.mark.parametrize("required", [False, True])
+@pytest.mark.parametrize("has_nvcc", [False, True])
+def test_a_cuda_library_that_cannot_be_built(tree, tmp_path, has_nvcc, required):
+    shutil.copytree(tree, tmp_path / "tree")
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    if has_nvcc:
+        nvcc.write_text("#!/bin/sh\nexit 1\n")
+        nvcc.chmod(0o755)
+    # CXX=false: the CPU library is not what this is about.
+    variables = {"CXX": "false", "CUDA_HOME": str(tmp_path / "cuda"), "FASTSAE_CUDA": "1"}
+    if required:
+        variables["FASTSAE_REQUIRE_CUDA"] = "1"
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "lib")]
+    options = {"cwd": tmp_path / "tree", "capture_output": True, "text": True}
+    done = subprocess.run(command, env=environment(**variables), **options)
+    assert (done.returncode != 0) == required, done.stdout + done.stderr
+    assert ("CUDA library was not built" if has_nvcc else "no nvcc found") in done.stderr or required
+    assert not list(tmp_path.rglob("_cuda*.so"))

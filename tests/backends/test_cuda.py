@@ -131,6 +131,24 @@ def test_transpose(emulated, kind, d_sae):
         assert_same_bits(result, expected)
 
 
+def test_tokens_with_many_entries(emulated):
+    """More than a block stages at once, so that its shared memory is filled anew."""
+    codes = random_codes(12, 600, None)
+    assert codes.offsets.diff().max() > 128
+    w_dec, g = randn(600, 20), randn(12, 20)
+
+    def formula(values, w_dec):
+        return reference.decode(values, codes.indices, codes.offsets, w_dec, None)
+
+    y = emulated.decode(codes.values, codes.indices, codes.offsets, w_dec, None)
+    assert_accurate(y, formula, codes.values, w_dec)
+
+    def dots(g, w_dec):
+        return reference.sampled_dot(g, codes.indices, codes.offsets, w_dec, None)
+
+    assert_accurate(emulated.sampled_dot(g, codes.indices, codes.offsets, w_dec, None), dots, g, w_dec)
+
+
 # Cut at 512 entries: none, one, just not cut, just cut, whole pieces, many.
 COUNTS = [0, 1, 511, 512, 513, 0, 1024, 3, 1536, 2000, 0]
 
