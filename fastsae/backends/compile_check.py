@@ -122,7 +122,7 @@ def check_triton(module: str, archs: list[str]) -> list[Usage]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cases = getattr(importlib.import_module(f"fastsae.backends.triton.{module}"), "COMPILE_CASES", [])
-        return [check_case(case, arch) for case in cases for arch in archs]
+        return [check_case(case, arch) for case in cases for arch in archs if not case.archs or arch in case.archs]
 
 
 def check_case(case, arch: str) -> Usage:

@@ -18,9 +18,13 @@ class CompileCase:
     options: dict[str, int] = field(default_factory=dict)
     # Arguments that a launch finds to be multiples of 16: Triton then compiles vector loads.
     aligned: tuple[str, ...] = ()
+    # Compute capabilities on which it is launched, "80" and so on; none names all.
+    archs: tuple[str, ...] = ()
 
 
-def case(name: str, kernel: Any, types: str, constexprs: dict[str, Any], **options: int) -> CompileCase:
+def case(
+    name: str, kernel: Any, types: str, constexprs: dict[str, Any], *, archs: tuple[str, ...] = (), **options: int
+) -> CompileCase:
     """`types` are those of the kernel's arguments but the constexprs, in order, each name followed by its type.
 
     Pointers, strides and widths count as aligned: what torch allocates is, and the widths of real models are.
@@ -29,4 +33,4 @@ def case(name: str, kernel: Any, types: str, constexprs: dict[str, Any], **optio
     signature = dict(zip(words[::2], words[1::2], strict=True))
     aligned = tuple(n for n, t in signature.items() if t.startswith("*") or n == "d" or n.endswith("stride"))
     ordered = {n: "constexpr" if n in constexprs else signature[n] for n in kernel.arg_names}
-    return CompileCase(name, kernel, ordered, constexprs, options, aligned)
+    return CompileCase(name, kernel, ordered, constexprs, options, aligned, archs)
