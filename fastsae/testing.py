@@ -43,7 +43,7 @@ class Backend:
         """The floating dtypes that it computes in."""
         if self.name == "cpu":
             return (torch.float32, torch.bfloat16)
-        if self.name in ("triton", "cuda"):
+        if self.name == "triton":
             # The interpreter is slow, and to it float16 is as bfloat16 is.
             return (torch.float32, torch.bfloat16, torch.float16)[: 2 if self.device == "cpu" else 3]
         return (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -67,7 +67,7 @@ class Backend:
 def backends() -> list[Backend]:
     """Every way to run an operator on this machine.
 
-    Plain PyTorch, the native code with each instruction set, and, with a GPU, plain PyTorch, Triton and CUDA there;
+    Plain PyTorch, the native code with each instruction set, and, with a GPU, plain PyTorch and Triton there;
     without one, Triton in its interpreter if TRITON_INTERPRET=1. FASTSAE_TEST_BACKENDS picks some by name: `torch`,
     `cpu` (all instruction sets), `cpu-avx2`, `triton` or `cuda` (all that runs on a GPU), separated by commas.
     """
@@ -77,11 +77,8 @@ def backends() -> list[Backend]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         known.append(Backend("torch", device=device))
-    for name in ("triton", "cuda"):
-        if name in dispatch.BACKENDS and not dispatch.BACKENDS[name].why_not(
-            "decode", torch.device(device), torch.float32
-        ):
-            known.append(Backend(name, device=device))
+    if not dispatch.BACKENDS["triton"].why_not("decode", torch.device(device), torch.float32):
+        known.append(Backend("triton", device=device))
     wanted = [name.strip() for name in os.environ.get("FASTSAE_TEST_BACKENDS", "").split(",") if name.strip()]
     for name in wanted:
         if not any(name in backend._names for backend in known):

@@ -9,14 +9,20 @@ from types import ModuleType
 import torch
 
 from fastsae.backends import cpu as cpu_backend
+from fastsae.backends import cuda as cuda_backend
 from fastsae.backends import torch as torch_backend
 from fastsae.backends import triton as triton_backend
 
-BACKENDS: dict[str, ModuleType] = {"torch": torch_backend, "cpu": cpu_backend, "triton": triton_backend}
+BACKENDS: dict[str, ModuleType] = {
+    "torch": torch_backend,
+    "cpu": cpu_backend,
+    "triton": triton_backend,
+    "cuda": cuda_backend,
+}
 
 
 # Triton's interpreter and compiler have passed these kernels, a GPU has not.
-_UNVERIFIED = "the GPU kernels have not been verified on a GPU yet: FASTSAE_BACKEND=triton asks for them"
+_UNVERIFIED = "the GPU kernels have not been verified on a GPU yet: FASTSAE_BACKEND=triton (or cuda) asks for them"
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,8 @@ class _Override(contextlib.AbstractContextManager):
 def backend(name: str | None) -> contextlib.AbstractContextManager:
     """Sends every operator to one backend, from now on or, as a context manager, for a while.
 
-    `name` is "torch", "cpu" or "triton"; None gives the choice back to fastsae. Raises ValueError for an unknown name;
-    a call that the backend cannot serve raises ValueError then.
+    `name` is "torch", "cpu", "triton" or "cuda"; None gives the choice back to fastsae. Raises ValueError for an
+    unknown name; a call that the backend cannot serve raises ValueError then.
     """
     global _override
     if name is not None:
