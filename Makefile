@@ -14,13 +14,17 @@ endif
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/include/fastsae/*.h csrc/include/fastsae/*.cuh)
 
-.PHONY: demo test lint format bench compile-check gpu-check wheel constraints clean
+.PHONY: demo test test-triton lint format bench compile-check gpu-check wheel constraints clean
 
 demo: $(STAMP)
 	$(BIN)/fastsae demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Every test of an operator on Triton's interpreter: an hour of one core.
+test-triton: $(STAMP)
+	FASTSAE_TEST_BACKENDS=triton $(BIN)/python -m pytest tests/ops tests/saes tests/optim tests/backends $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -142,9 +142,9 @@ class TopKSAE(SAE):
         grad_values = grad_values.where(~(codes.values <= 0), 0)
         grad_b_dec = row_scale.to(x.dtype) @ residual
         if self.apply_b_dec_to_input:
-            # Rows of no width: only the sums of the values are wanted, and those in one order on every device.
+            # One column: only the sums of the values are wanted, and those in one order on every device.
             latent_major = transposed(codes.indices, codes.offsets, codes.d_sae)
-            _, grad_b_enc = accumulate_rows_op(grad_values, *latent_major, x[:, :0], None, None)
+            _, grad_b_enc = accumulate_rows_op(grad_values, *latent_major, x[:, :1], None, None)
             grad_b_dec -= sum_of_rows(grad_b_enc, self.W_enc.T)
         loss = SAELoss(fvu, mse, fvu, torch.zeros_like(fvu), codes)
         return loss, CodeGradients(x, residual, row_scale, grad_values, grad_b_dec)
