@@ -67,7 +67,7 @@ def backends() -> list[Backend]:
     """Every way to run an operator on this machine.
 
     Plain PyTorch, the native code with each instruction set, and, with a GPU, plain PyTorch and Triton there; without
-    one, Triton's interpreter if FASTSAE_TEST_BACKENDS names it and TRITON_INTERPRET=1. That variable picks some by name:
+    one, Triton's interpreter if FASTSAE_TEST_BACKENDS names it and TRITON_INTERPRET=1. It picks some by name:
     `torch`, `cpu` (all instruction sets), `cpu-avx2`, `triton` or `cuda` (all that runs on a GPU), separated by commas.
     """
     known = [Backend("torch")]
