@@ -48,21 +48,21 @@ class Outcome:
 def stages(out: Path, wheels: Path | None) -> list[Stage]:
     python = sys.executable
     pip = [python, "-m", "pip", "install", "--quiet", "--no-index"]
-    found = [] if wheels is None else [Stage("packages", [*pip, "--find-links", str(wheels), *TOOLS], 60)]
+    found = [] if wheels is None else [Stage("packages", [*pip, "--find-links", str(wheels), *TOOLS], 30)]
     build = [*pip, "--no-build-isolation", "--no-deps", "--editable", str(ROOT)]
     tests = [python, "-m", "pytest", "-q", "tests/ops", "tests/saes", "tests/optim", "tests/backends"]
     found += [
-        Stage("build", build, 150),
-        Stage("doctor", [python, "-m", "fastsae", "doctor"], 30),
-        Stage("tests", tests, 200),
+        Stage("build", build, 100),
+        Stage("doctor", [python, "-m", "fastsae", "doctor"], 15),
+        Stage("tests", tests, 180),
     ]
     sanitized = [python, "benchmarks/every_kernel.py"]
     for tool in ("memcheck", "racecheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *sanitized]
-        found.append(Stage(tool, command, 40, needs="compute-sanitizer"))
+        found.append(Stage(tool, command, 30, needs="compute-sanitizer"))
     for name, size in SHAPES.items():
         bench = [python, "-m", "fastsae", "bench", "--device", "cuda", "--dtype", "bfloat16", "--repeats", "11", *size]
-        found.append(Stage(f"bench-{name}", [*bench, "--out", str(out / f"bench-{name}.json")], 60, backend="triton"))
+        found.append(Stage(f"bench-{name}", [*bench, "--out", str(out / f"bench-{name}.json")], 50, backend="triton"))
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsae.backends import native
-from fastsae.backends.cpu import address, floats, rows_of
+from fastsae.backends.cpu import _tokens_fit, _values, address, floats, rows_of
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OPS = ("decode", "squared_error", "sampled_dot", "transpose", "accumulate_rows", "fused_update")
@@ -49,24 +49,10 @@ def _codes(indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | No
     return indices, offsets.contiguous(), offsets.numel() - 1, 0
 
 
-def _values(values: Tensor, entries: int, dtype: torch.dtype) -> Tensor:
-    if values.dtype != dtype or values.numel() != entries:
-        raise TypeError(
-            f"values has dtype {values.dtype} and {values.numel()} entries: expected {dtype}, as its factor has, and "
-            f"{entries}, one for each index"
-        )
-    return values.contiguous()
-
-
-def _tokens_fit(name: str, tensor: Tensor, n_tokens: int) -> None:
-    if tensor.shape[0] != n_tokens:
-        raise ValueError(f"{name} has {tensor.shape[0]} rows: expected {n_tokens}, one for each token of the codes")
-
-
 def decode(values: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """As reference.decode."""
     indices, offsets, n_tokens, k = _codes(indices, offsets)
-    values, w_dec, b_dec = _values(values, indices.numel(), w_dec.dtype), rows_of(w_dec), floats(b_dec)
+    values, w_dec, b_dec = _values(values, indices, w_dec.dtype), rows_of(w_dec), floats(b_dec)
     y = w_dec.new_empty(n_tokens, w_dec.shape[1])
     _launch(
         native.cuda.decode, w_dec, address(values), address(indices), address(offsets), n_tokens, k, indices.numel(),
@@ -85,7 +71,7 @@ def squared_error(
 ) -> tuple[Tensor, Tensor]:
     """As reference.squared_error."""
     indices, offsets, n_tokens, k = _codes(indices, offsets)
-    values, w_dec, b_dec = _values(values, indices.numel(), w_dec.dtype), rows_of(w_dec), floats(b_dec)
+    values, w_dec, b_dec = _values(values, indices, w_dec.dtype), rows_of(w_dec), floats(b_dec)
     target = rows_of(target)
     _tokens_fit("target", target, n_tokens)
     residual = target.new_empty(target.shape)
@@ -159,7 +145,7 @@ def accumulate_rows(
 ) -> tuple[Tensor, Tensor]:
     """As reference.accumulate_rows."""
     nnz, d_sae = entries.numel(), latent_offsets.numel() - 1
-    values, g, shift, row_scale = _values(values, nnz, g.dtype), rows_of(g), floats(shift), floats(row_scale)
+    values, g, shift, row_scale = _values(values, entries, g.dtype), rows_of(g), floats(shift), floats(row_scale)
     out, sums = g.new_empty(d_sae, g.shape[1]), g.new_empty(d_sae)
     pieces = _pieces(g, nnz)
     _launch(
@@ -193,7 +179,7 @@ def fused_update(
 ) -> None:
     """As reference.fused_update."""
     nnz = entries.numel()
-    values, grad_values = _values(values, nnz, g.dtype), _values(grad_values, nnz, g.dtype)
+    values, grad_values = _values(values, entries, g.dtype), _values(grad_values, entries, g.dtype)
     g, x, row_scale, b_dec = rows_of(g), rows_of(x), floats(row_scale), floats(b_dec)
     _tokens_fit("x", x, g.shape[0])
     for name, slot in (("w_enc", w_enc), ("w_dec", w_dec)):
