@@ -149,30 +149,33 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "decode",
       [](Address values, Address indices, Address offsets, int64_t n, int64_t k, Address w_dec,
-         int64_t w_stride, int dtype, int64_t d, Address b_dec, Address out, int64_t out_stride) {
+         int64_t w_stride, int dtype, int64_t d_sae, int64_t d, Address b_dec, bool dense,
+         Address out, int64_t out_stride) {
         fastsae::kernels().decode(at<const void>(values), codes(indices, offsets, n, k),
-                                  matrix(w_dec, w_stride, dtype), d, at<const float>(b_dec),
-                                  mutable_matrix(out, out_stride, dtype));
+                                  matrix(w_dec, w_stride, dtype), d_sae, d, at<const float>(b_dec),
+                                  dense, mutable_matrix(out, out_stride, dtype));
       },
       release_gil());
   m.def(
       "squared_error",
       [](Address values, Address indices, Address offsets, int64_t n, int64_t k, Address w_dec,
-         int64_t w_stride, int dtype, int64_t d, Address b_dec, Address target,
-         int64_t target_stride, Address residual, int64_t residual_stride, Address squared_error) {
+         int64_t w_stride, int dtype, int64_t d_sae, int64_t d, Address b_dec, bool dense,
+         Address target, int64_t target_stride, Address residual, int64_t residual_stride,
+         Address squared_error) {
         fastsae::kernels().squared_error(
             at<const void>(values), codes(indices, offsets, n, k), matrix(w_dec, w_stride, dtype),
-            d, at<const float>(b_dec), matrix(target, target_stride, dtype),
+            d_sae, d, at<const float>(b_dec), dense, matrix(target, target_stride, dtype),
             mutable_matrix(residual, residual_stride, dtype), at<float>(squared_error));
       },
       release_gil());
   m.def(
       "sampled_dot",
       [](Address g, int64_t g_stride, Address indices, Address offsets, int64_t n, int64_t k,
-         Address w_dec, int64_t w_stride, int dtype, int64_t d, Address row_scale, Address out) {
+         Address w_dec, int64_t w_stride, int dtype, int64_t d_sae, int64_t d, Address row_scale,
+         bool dense, Address out) {
         fastsae::kernels().sampled_dot(matrix(g, g_stride, dtype), codes(indices, offsets, n, k),
-                                       matrix(w_dec, w_stride, dtype), d,
-                                       at<const float>(row_scale), at<void>(out));
+                                       matrix(w_dec, w_stride, dtype), d_sae, d,
+                                       at<const float>(row_scale), dense, at<void>(out));
       },
       release_gil());
   m.def(
@@ -184,6 +187,12 @@ PYBIND11_MODULE(_cpu, m) {
       },
       release_gil());
   m.def(
+      "ascending",
+      [](Address indices, Address offsets, int64_t n, int64_t k) {
+        return fastsae::ascending(codes(indices, offsets, n, k));
+      },
+      release_gil());
+  m.def(
       "indices_within",
       [](Address indices, int64_t nnz, int64_t d_sae) {
         return fastsae::indices_within(at<const int32_t>(indices), nnz, d_sae);
@@ -192,14 +201,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "accumulate_rows",
       [](Address values, Address latent_offsets, Address tokens, Address entries, int64_t d_sae,
-         Address g, int64_t g_stride, int dtype, int64_t d, Address shift, Address row_scale,
-         Address out, int64_t out_stride, Address value_sums) {
+         Address g, int64_t g_stride, int dtype, int64_t n_tokens, int64_t d, Address shift,
+         Address row_scale, bool dense, Address out, int64_t out_stride, Address value_sums) {
         const fastsae::LatentMajor latent_major = {at<const int64_t>(latent_offsets),
                                                    at<const int32_t>(tokens),
                                                    at<const int64_t>(entries), d_sae};
         fastsae::kernels().accumulate_rows(
-            at<const void>(values), latent_major, matrix(g, g_stride, dtype), d,
-            at<const float>(shift), at<const float>(row_scale),
+            at<const void>(values), latent_major, matrix(g, g_stride, dtype), n_tokens, d,
+            at<const float>(shift), at<const float>(row_scale), dense,
             mutable_matrix(out, out_stride, dtype), at<void>(value_sums));
       },
       release_gil());

@@ -1,9 +1,9 @@
 // Rows of a ragged array, shared out over threads by the entries in them.
 //
-// The rows are cut into 16 spans a thread of equal work (entries, and a cost for the row itself),
-// which threads take as they come free. A row that alone is more than an eighth of a thread's share
-// is left for the end, where all threads work on it, each on columns of its own. A column's sum is
-// the same sum whoever makes it, so no bit depends on the number of threads.
+// The rows are cut into spans of equal work, some for each thread (entries, and a cost for the row
+// itself), which threads take as they come free. A row that alone is more than an eighth of a
+// thread's share is left for the end, where all threads work on it, each on columns of its own. A
+// column's sum is the same sum whoever makes it, so no bit depends on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -19,15 +19,16 @@ namespace FASTSAE_ISA {
 constexpr int64_t kColumnGroup = 64;
 // A row of less than this many multiply-adds (about 10 us) is not worth a meeting of the threads.
 constexpr int64_t kLeastSharedWork = int64_t{1} << 15;
+constexpr int64_t kSpansPerThread = 16;
 
 template <typename Begin>
 class Spans {
  public:
   // Row n owns the entries [begin(n), begin(n + 1)); `row_cost` is a row's own cost in entries.
-  Spans(int64_t rows, Begin begin, int64_t row_cost, int64_t width)
+  Spans(int64_t rows, Begin begin, int64_t row_cost, int64_t width, int64_t spans_per_thread)
       : rows_(rows), begin_(begin), row_cost_(row_cost) {
     const int64_t threads = max_threads();
-    count_ = threads > 1 && rows > 1 ? 16 * threads : 1;
+    count_ = threads > 1 && rows > 1 ? spans_per_thread * threads : 1;
     const int64_t share = before(rows) / (8 * threads), least = kLeastSharedWork / (width + 1);
     shared_ = threads == 1 || width <= kColumnGroup ? INT64_MAX : share > least ? share : least;
   }
@@ -58,13 +59,14 @@ class Spans {
   int64_t row_cost_;
 };
 
-// For each row: sum(n, first, columns, out, partial) writes the columns [first, first + columns) of
-// the row's sums to out[0 .. columns), then finish(n, out) takes all `width` of them. `partial`
-// [width] is working memory.
-template <typename Begin, typename Sum, typename Finish>
-void for_each_row(int64_t rows, Begin begin, int64_t row_cost, int64_t width, Sum sum,
-                  Finish finish) {
-  const Spans<Begin> spans(rows, begin, row_cost, width);
+// many(first, end, out, partial) sees to the rows [first, end), a few shared ones excepted. For
+// these sum(n, first, columns, out, partial) writes the columns [first, first + columns) of the
+// row's sums to out[0 .. columns), then finish(n, out) takes all `width` of them. `out` and
+// `partial` of many are [width], working memory of the thread.
+template <typename Begin, typename Many, typename Sum, typename Finish>
+void for_each_span(int64_t rows, Begin begin, int64_t row_cost, int64_t width,
+                   int64_t spans_per_thread, Many many, Sum sum, Finish finish) {
+  const Spans<Begin> spans(rows, begin, row_cost, width, spans_per_thread);
   const int64_t pieces = (width + kColumnGroup - 1) / kColumnGroup;
   Scratch<int64_t> shared(spans.most_shared());
   int64_t n_shared = 0;
@@ -75,16 +77,15 @@ void for_each_row(int64_t rows, Begin begin, int64_t row_cost, int64_t width, Su
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < spans.count(); ++i) {
       const int64_t end = spans.first_row(i + 1);
-      for (int64_t n = spans.first_row(i); n < end; ++n) {
-        if (spans.shared(n)) {
-          int64_t at;
+      for (int64_t n = spans.first_row(i); n < end;) {
+        const int64_t first = n;
+        while (n < end && !spans.shared(n)) ++n;
+        if (first < n) many(first, n, out.get(), partial.get());
+        if (n == end) break;
+        int64_t at;
 #pragma omp atomic capture
-          at = n_shared++;
-          shared[at] = n;
-          continue;
-        }
-        sum(n, 0, width, out.get(), partial.get());
-        finish(n, out.get());
+        at = n_shared++;
+        shared[at] = n++;
       }
     }
     if (n_shared > 0) {
@@ -106,6 +107,19 @@ void for_each_row(int64_t rows, Begin begin, int64_t row_cost, int64_t width, Su
     }
   }
   std::free(shared_sums);
+}
+
+// The same, row by row.
+template <typename Begin, typename Sum, typename Finish>
+void for_each_row(int64_t rows, Begin begin, int64_t row_cost, int64_t width, Sum sum,
+                  Finish finish) {
+  const auto many = [&](int64_t first, int64_t end, float* out, float* partial) {
+    for (int64_t n = first; n < end; ++n) {
+      sum(n, 0, width, out, partial);
+      finish(n, out);
+    }
+  };
+  for_each_span(rows, begin, row_cost, width, kSpansPerThread, many, sum, finish);
 }
 
 }  // namespace FASTSAE_ISA

@@ -50,6 +50,23 @@ inline void add_row(float weight, const T* row, const float* shift, int64_t d, f
   }
 }
 
+// A group of up to eight rows.
+template <bool kShifted, typename T>
+inline void add_group(int64_t count, const float* weight, const T* const* row, const float* shift,
+                      int64_t d, float* out) {
+  if (count == 8) return add_block<8, kShifted>(weight, row, shift, d, out);
+  int64_t at = 0;
+  if (count & 4) {
+    add_block<4, kShifted>(weight, row, shift, d, out);
+    at = 4;
+  }
+  if (count & 2) {
+    add_block<2, kShifted>(weight + at, row + at, shift, d, out);
+    at += 2;
+  }
+  if (count & 1) add_row<kShifted>(weight[at], row[at], shift, d, out);
+}
+
 template <bool kShifted, typename T, typename Weight, typename Index>
 inline void add_weighted_rows(const T* rows, int64_t stride, int64_t d, const float* shift,
                               int64_t count, Weight weight, Index index, float* out) {
@@ -64,20 +81,7 @@ inline void add_weighted_rows(const T* rows, int64_t stride, int64_t d, const fl
       if (j + kBlock + l < count)
         prefetch_row(rows + static_cast<int64_t>(index(j + kBlock + l)) * stride, d);
     }
-    if (block == kBlock) {
-      add_block<kBlock, kShifted>(w, row, shift, d, out);
-      continue;
-    }
-    int64_t at = 0;
-    if (block & 4) {
-      add_block<4, kShifted>(w, row, shift, d, out);
-      at = 4;
-    }
-    if (block & 2) {
-      add_block<2, kShifted>(w + at, row + at, shift, d, out);
-      at += 2;
-    }
-    if (block & 1) add_row<kShifted>(w[at], row[at], shift, d, out);
+    add_group<kShifted>(block, w, row, shift, d, out);
   }
 }
 

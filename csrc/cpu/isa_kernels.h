@@ -18,13 +18,16 @@ void threshold_chunk(Matrix scores, int64_t n_rows, const ThresholdChunk& chunk)
 void move_rows(const float* values, const int32_t* indices, const int64_t* from,
                const int32_t* counts, int64_t n_rows, const int64_t* to, void* out, DType dtype,
                int32_t* out_indices);
-void decode(const void* values, Codes codes, Matrix w_dec, int64_t d, const float* b_dec,
-            MutableMatrix out);
-void squared_error(const void* values, Codes codes, Matrix w_dec, int64_t d, const float* b_dec,
-                   Matrix target, MutableMatrix residual, float* squared_error);
-void sampled_dot(Matrix g, Codes codes, Matrix w_dec, int64_t d, const float* row_scale, void* out);
-void accumulate_rows(const void* values, LatentMajor codes, Matrix g, int64_t d, const float* shift,
-                     const float* row_scale, MutableMatrix out, void* value_sums);
+void decode(const void* values, Codes codes, Matrix w_dec, int64_t d_sae, int64_t d,
+            const float* b_dec, bool dense, MutableMatrix out);
+void squared_error(const void* values, Codes codes, Matrix w_dec, int64_t d_sae, int64_t d,
+                   const float* b_dec, bool dense, Matrix target, MutableMatrix residual,
+                   float* squared_error);
+void sampled_dot(Matrix g, Codes codes, Matrix w_dec, int64_t d_sae, int64_t d,
+                 const float* row_scale, bool dense, void* out);
+void accumulate_rows(const void* values, LatentMajor codes, Matrix g, int64_t n_tokens, int64_t d,
+                     const float* shift, const float* row_scale, bool dense, MutableMatrix out,
+                     void* value_sums);
 void fused_update(const FusedUpdate& update);
 void normalize_rows(MutableMatrix rows, int64_t n, int64_t d, float eps);
 void project_rows(MutableMatrix grad, Matrix rows, int64_t n, int64_t d);

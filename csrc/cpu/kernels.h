@@ -23,16 +23,17 @@ struct KernelTable {
   void (*move_rows)(const float* values, const int32_t* indices, const int64_t* from,
                     const int32_t* counts, int64_t n_rows, const int64_t* to, void* out,
                     DType dtype, int32_t* out_indices);
-  void (*decode)(const void* values, Codes codes, Matrix w_dec, int64_t d, const float* b_dec,
-                 MutableMatrix out);
-  void (*squared_error)(const void* values, Codes codes, Matrix w_dec, int64_t d,
-                        const float* b_dec, Matrix target, MutableMatrix residual,
+  // `dense` asks for the way that suits codes which name a good part of the rows; same bits.
+  void (*decode)(const void* values, Codes codes, Matrix w_dec, int64_t d_sae, int64_t d,
+                 const float* b_dec, bool dense, MutableMatrix out);
+  void (*squared_error)(const void* values, Codes codes, Matrix w_dec, int64_t d_sae, int64_t d,
+                        const float* b_dec, bool dense, Matrix target, MutableMatrix residual,
                         float* squared_error);
-  void (*sampled_dot)(Matrix g, Codes codes, Matrix w_dec, int64_t d, const float* row_scale,
-                      void* out);
-  void (*accumulate_rows)(const void* values, LatentMajor codes, Matrix g, int64_t d,
-                          const float* shift, const float* row_scale, MutableMatrix out,
-                          void* value_sums);
+  void (*sampled_dot)(Matrix g, Codes codes, Matrix w_dec, int64_t d_sae, int64_t d,
+                      const float* row_scale, bool dense, void* out);
+  void (*accumulate_rows)(const void* values, LatentMajor codes, Matrix g, int64_t n_tokens,
+                          int64_t d, const float* shift, const float* row_scale, bool dense,
+                          MutableMatrix out, void* value_sums);
   void (*fused_update)(const FusedUpdate& update);
   void (*normalize_rows)(MutableMatrix rows, int64_t n, int64_t d, float eps);
   void (*project_rows)(MutableMatrix grad, Matrix rows, int64_t n, int64_t d);
@@ -40,6 +41,9 @@ struct KernelTable {
 
 // Stable counting sort of the entries by latent; one version serves every instruction set.
 void transpose(Codes codes, int64_t d_sae, int64_t* offsets, int32_t* tokens, int64_t* entries);
+
+// Whether the indices of every row ascend.
+bool ascending(Codes codes);
 
 // Whether every index lies in [0, d_sae).
 bool indices_within(const int32_t* indices, int64_t nnz, int64_t d_sae);

@@ -125,6 +125,15 @@ void transpose(Codes codes, int64_t d_sae, int64_t* offsets, int32_t* tokens, in
   }
 }
 
+bool ascending(Codes codes) {
+  int64_t falls = 0;
+#pragma omp parallel for schedule(static) reduction(+ : falls)
+  for (int64_t n = 0; n < codes.n_tokens; ++n)
+    for (int64_t e = codes.begin(n) + 1; e < codes.begin(n + 1); ++e)
+      falls += codes.indices[e] < codes.indices[e - 1];
+  return falls == 0;
+}
+
 bool indices_within(const int32_t* indices, int64_t nnz, int64_t d_sae) {
   // As unsigned, a negative index is a very large one: one compare serves both ends.
   uint32_t largest = 0;

@@ -10,6 +10,7 @@ import torch
 
 from fastsae.backends import cpu as cpu_backend
 from fastsae.backends import cuda as cuda_backend
+from fastsae.backends import dense_products
 from fastsae.backends import torch as torch_backend
 from fastsae.backends import triton as triton_backend
 
@@ -73,7 +74,10 @@ def call(op: str, device: torch.device, dtype: torch.dtype, *args):
     choice = choose(op, device, dtype)
     _last[op] = choice
     kernel: Callable = getattr(BACKENDS[choice.backend], op)
-    return kernel(*args)
+    result = kernel(*args)
+    if note := dense_products.taken(op):
+        _last[op] = Choice(choice.backend, f"{choice.reason}; {note}")
+    return result
 
 
 class _Override(contextlib.AbstractContextManager):
