@@ -1,6 +1,6 @@
 """nested_errors: ‖decode(codes[:, :w]) - target‖² of each token for prefixes w; each latent is decoded once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -28,7 +28,8 @@ class _Part(NamedTuple):
     offsets: Tensor
 
 
-def _parts(indices: Tensor, offsets: Tensor | None, widths: Sequence[int]) -> list[_Part]:
+def _parts(indices: Tensor, offsets: Tensor | None, widths: Sequence[int], cumulative: bool = False) -> Iterator[_Part]:
+    """The entries between one width and the next, or all below each."""
     flat = indices.reshape(-1)
     if offsets is None:
         n_tokens, counts = indices.shape[0], indices.shape[1]
@@ -36,19 +37,24 @@ def _parts(indices: Tensor, offsets: Tensor | None, widths: Sequence[int]) -> li
         n_tokens, counts = offsets.shape[0] - 1, offsets.diff()
     tokens = torch.arange(n_tokens, device=flat.device).repeat_interleave(counts, output_size=flat.numel())
     part_of = torch.bucketize(flat, torch.tensor(widths, device=flat.device, dtype=flat.dtype), right=True)
-    parts = []
     for number in range(len(widths)):
-        entries = (part_of == number).nonzero()[:, 0]
+        entries = (part_of <= number if cumulative else part_of == number).nonzero()[:, 0]
         sizes = torch.bincount(tokens[entries], minlength=n_tokens)
-        parts.append(_Part(entries, flat[entries], torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])))
-    return parts
+        yield _Part(entries, flat[entries], torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]))
 
 
 def _nested_errors(values, indices, offsets, w_dec, b_dec, target, widths):
-    """t ← target - b_dec; for each part: t ← t - decode(part), and its squared norms."""
-    flat = values.reshape(-1)
+    """t ← target - b_dec; for each part: t ← t - decode(part), and its squared norms.
+
+    In half precision t would be rounded at every width, and the norms are float32: there each prefix is decoded whole.
+    """
+    flat, squared = values.reshape(-1), []
+    if target.dtype.itemsize < 4:
+        for part in _parts(indices, offsets, widths, cumulative=True):
+            residual, norms = squared_error_op(flat[part.entries], part.indices, part.offsets, w_dec, b_dec, target)
+            squared.append(norms)
+        return residual, torch.stack(squared, dim=1)
     left = target if b_dec is None else target - b_dec
-    squared = []
     for part in _parts(indices, offsets, widths):
         residual, norms = squared_error_op(flat[part.entries], part.indices, part.offsets, w_dec, None, left)
         left = residual.neg_()
@@ -67,7 +73,7 @@ def _nested_errors_backward(grad_squared, values, indices, offsets, w_dec, resid
     grad_w = w_dec.new_empty(w_dec.shape) if needs_w else w_dec.new_empty(0, 0)
     scales = (2 * grad_squared).to(residual.dtype)
     seen = torch.zeros_like(residual)
-    parts = _parts(indices, offsets, widths)
+    parts = list(_parts(indices, offsets, widths))
     for number in reversed(range(len(widths))):
         part, begin, end = parts[number], widths[number - 1] if number else 0, widths[number]
         seen = seen.addcmul_(residual, scales[:, number, None])
