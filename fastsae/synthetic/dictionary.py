@@ -55,7 +55,7 @@ class SparseDictionary(KnownFeatures):
         for name, value in (("noise", noise), ("offset_norm", offset_norm)):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} = {value!r}: expected a finite number of at least 0")
-        generator = seeded(seed, device)
+        generator = seeded(seed, "sparse dictionary", device)
         self.features = random_directions(n_features, d, generator).to(dtype)
         self.offset = (offset_norm * random_directions(1, d, generator)[0]).to(dtype)
         self.probability = _probabilities(probability, n_features).to(generator.device)

@@ -1,5 +1,6 @@
 """What sources of activations with known features share: samples, their true codes, and batches."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -49,16 +50,20 @@ class KnownFeatures(ABC):
             raise ValueError(
                 f"n_tokens = {n_tokens}, batch_size = {batch_size}: expected n_tokens >= 0, batch_size >= 1"
             )
-        return self._batches(n_tokens, batch_size, seeded(seed, self.features.device))
+        return self._batches(n_tokens, batch_size, seeded(seed, "batches", self.features.device))
 
     def _batches(self, n_tokens: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
         for begin in range(0, n_tokens, batch_size):
             yield self.sample(min(batch_size, n_tokens - begin), generator)
 
 
-def seeded(seed: int, device: torch.device | str | None) -> torch.Generator:
-    """A generator of its own: the process's is left alone."""
-    return torch.Generator(device or "cpu").manual_seed(seed)
+def seeded(seed: int, purpose: str, device: torch.device | str | None) -> torch.Generator:
+    """A generator of its own; its numbers are those of no other purpose, nor of torch.manual_seed(seed).
+
+    With the same numbers, an SAE initialised after torch.manual_seed(0) would start at the features of seed 0.
+    """
+    digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
+    return torch.Generator(device or "cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def random_directions(n: int, d: int, generator: torch.Generator) -> Tensor:

@@ -17,8 +17,8 @@ class ToySuperposition(KnownFeatures):
         h = W x,  x' = ReLU(Wᵀ h + b),  loss = mean_n Σ_f importance_f (x_nf - x'_nf)²
         x_nf ~ U(0, 1] with probability 1 - sparsity, else 0; W is [d, n_features], d < n_features
 
-    `train` fits W and b; `sample` then gives activations h = Σ_f x_f ‖W_f‖ features_f, where features_f = W_f / ‖W_f‖ are
-    the normalised columns of W. The model gives up features that it has no room for: their columns are near zero.
+    `train` fits W and b; `sample` then gives activations h = Σ_f x_f ‖W_f‖ features_f, where features_f = W_f / ‖W_f‖
+    are the normalised columns of W. The model gives up features that it has no room for: their columns are near zero.
 
     Args:
         n_features, d: features, and neurons that hold them.
@@ -46,7 +46,7 @@ class ToySuperposition(KnownFeatures):
         checked_sizes(n_features=n_features, d=d)
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity = {sparsity!r}: expected at least 0 and below 1")
-        self._generator = seeded(seed, device)
+        self._generator = seeded(seed, "toy superposition", device)
         self.importance = _importance(importance, n_features).to(self._generator.device)
         self.sparsity = sparsity
         # Columns of about unit norm, which is where those of a trained model end.

@@ -113,6 +113,12 @@ def test_a_sample_depends_on_the_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_features_are_not_what_an_sae_of_the_same_seed_starts_at():
+    torch.manual_seed(0)
+    drawn = torch.nn.functional.normalize(torch.randn(50, 16), dim=1)
+    assert (drawn @ make(seed=0).features.T).max() < 0.95
+
+
 def test_batches_start_again_and_end_where_they_should():
     source = make()
     sizes = [len(batch) for batch in source.batches(100, 37)]
