@@ -78,6 +78,7 @@ def encode_topk(
     *,
     b_dec: Tensor | None = None,
     relu_first: bool = False,
+    scale=None,
 ) -> SparseCodes:
     """The k largest pre-activations of each token: pre = (x - b_dec) W_enc + b_enc.
 

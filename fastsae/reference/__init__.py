@@ -10,6 +10,7 @@ from fastsae.reference.decode import decode
 from fastsae.reference.encode import encode_topk
 from fastsae.reference.encode_threshold import encode_threshold
 from fastsae.reference.fused_update import fused_update
+from fastsae.reference.nested_errors import nested_errors
 from fastsae.reference.sampled_dot import sampled_dot
 from fastsae.reference.squared_error import squared_error
 from fastsae.reference.transpose import transpose
@@ -21,6 +22,7 @@ __all__ = [
     "encode_threshold",
     "encode_topk",
     "fused_update",
+    "nested_errors",
     "normalize_rows_",
     "project_rows_",
     "sampled_dot",
