@@ -30,6 +30,7 @@ from fastsae.bench import machine
 from fastsae.durable import replace_file
 from fastsae.evaluation import Recovery, evaluate, feature_recovery
 from fastsae.training import TrainConfig, update, warmup_and_decay
+from fastsae.training.schedule import scheduled
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks/results/recovery/recovery.json"
@@ -37,7 +38,7 @@ QUICK_RECORD = ROOT / "build/recovery-quick.json"
 SCHEMA = "fastsae-recovery-1"
 
 BATCH, STEPS, QUICK_STEPS = 1024, 1500, 60
-# Activations are drawn once and gone through again: 2^18 of them are far more than an SAE of this size can learn by heart.
+# Activations are drawn once and gone through again: these are far more than an SAE of this size can learn by heart.
 TRAINING_TOKENS, HELD_OUT_TOKENS = 2**18, 2**15
 THRESHOLD = 0.9
 
@@ -76,19 +77,20 @@ def runs(only: list[str], steps: int, seed: int) -> list[tuple[Run, Setting]]:
 def train(sae: fastsae.SAE, run: Run, tokens: Tensor, progress: Progress) -> float:
     """Trains on batches of `tokens` in order, over and over; returns the seconds of it."""
     optimizer = torch.optim.Adam(sae.parameters(), lr=run.lr, fused=True)
-    warmup = max(1, run.steps // 20)
-    schedule = warmup_and_decay(
-        optimizer, TrainConfig(steps=run.steps, warmup_steps=warmup, decay_steps=run.steps // 2)
+    config = TrainConfig(
+        steps=run.steps,
+        warmup_steps=run.steps // 20,
+        decay_steps=run.steps // 2,
+        sparsity_warmup_steps=int(run.sparsity_warmup * run.steps),
     )
+    schedule = warmup_and_decay(optimizer, config)
     batches = tokens.split(run.batch)
-    rise = run.sparsity_warmup * run.steps
     task = progress.add_task(f"{run.architecture} {run.setting}", total=run.steps)
     began = time.perf_counter()
     for step in range(run.steps):
-        if rise:
-            sae.sparsity_scale = min(1.0, (step + 1) / rise)
         optimizer.zero_grad()
-        sae.loss(batches[step % len(batches)]).total.backward()
+        with scheduled(sae, step, config):
+            sae.loss(batches[step % len(batches)]).total.backward()
         update(sae, optimizer, clip_grad_norm=1.0)
         schedule.step()
         progress.advance(task)
@@ -138,8 +140,7 @@ class Record:
 
     def row(self, run: Run) -> dict[str, Any] | None:
         """The row of a run that is done."""
-        wanted = json.loads(json.dumps(asdict(run)))
-        return next((row for row in self.content["rows"] if row["run"] == wanted), None)
+        return next((row for row in self.content["rows"] if row["run"] == _plain(run)), None)
 
     def add(self, run: Run, source: str, numbers: dict[str, Any]) -> None:
         """Puts a row in the place of an older one of the same data, architecture and setting."""
@@ -149,10 +150,10 @@ class Record:
             for row in self.content["rows"]
             if (row["run"]["data"], row["run"]["architecture"], row["run"]["setting"]) != place
         ]
-        self.content["rows"] = [*rows, {"run": asdict(run), "source": source, "commit": machine.commit(), **numbers}]
+        self.content["rows"] = [*rows, {"run": _plain(run), "source": source, "commit": machine.commit(), **numbers}]
 
     def keep_best(self, run: Run, data: Data, decoder: Tensor, found: Recovery) -> None:
-        """For the picture: features and matched latents [n_features, d] of the run with the highest MMCS on its data."""
+        """For the picture: features and matched latents [n_features, d] of the run with the highest MMCS."""
         about = self.content["data"].setdefault(data.name, _describe(data))
         if found.mmcs <= about.get("best", {}).get("mmcs", -1.0):
             return
@@ -179,6 +180,11 @@ class Record:
         replace_file(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
 
 
+def _plain(run: Run) -> dict[str, Any]:
+    """As JSON gives it back: a tuple becomes a list."""
+    return json.loads(json.dumps(asdict(run)))
+
+
 def _describe(data: Data) -> dict[str, Any]:
     """What the record says of the data; norms and importance where features have them."""
     source = data.source
@@ -200,7 +206,7 @@ def _rounded(numbers: Tensor) -> list:
     return (numbers.double() * 1e4).round().div(1e4).tolist()
 
 
-def table(rows: list[dict[str, Any]], missing: dict[tuple[str, str], str]) -> Table:
+def table(rows: list[dict[str, Any]]) -> Table:
     """One line a run, best of an architecture in bold."""
     shown = Table(title=f"Features recovered: cosine of at least {THRESHOLD} with a latent", title_justify="left")
     for heading in ("data", "architecture", "setting"):
@@ -224,8 +230,6 @@ def table(rows: list[dict[str, Any]], missing: dict[tuple[str, str], str]) -> Ta
             f"{row['seconds']:.1f}",
             style="bold" if row["mmcs"] == best[place] else "",
         )
-    for (architecture, setting), reason in missing.items():
-        shown.add_row("", architecture, setting, reason, style="dim")
     return shown
 
 
@@ -254,25 +258,27 @@ def main(
     except ValueError as error:
         typer.echo(f"recovery: {error}", err=True)
         raise typer.Exit(2) from error
-    missing: dict[tuple[str, str], str] = {}
+    missing: dict[str, str] = {}
     if not plot_only:
         missing = _run_all(wanted, record, fresh, threads, console)
     rows = [row for run, _ in wanted if (row := record.row(run)) is not None]
-    console.print(table(rows, missing))
+    console.print(table(rows))
+    for architecture, reason in missing.items():
+        console.print(f"{architecture} is missing: {reason}", markup=False)
     picture = path.with_suffix(".png")
     if draw(record.content, picture):
         console.print(f"record {path}, picture {picture}")
 
 
-def _run_all(wanted, record: Record, fresh: bool, threads: int, console: Console) -> dict[tuple[str, str], str]:
+def _run_all(wanted, record: Record, fresh: bool, threads: int, console: Console) -> dict[str, str]:
     """Computes what is not in the record; returns why a setting could not be."""
-    missing: dict[tuple[str, str], str] = {}
+    missing: dict[str, str] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         todo = []
         for run, setting in wanted:
             if not hasattr(fastsae, run.architecture):
-                missing[run.architecture, run.setting] = "missing: not in this fastsae"
+                missing[run.architecture] = "this fastsae has no such class"
             elif fresh or record.row(run) is None:
                 todo.append((run, setting))
         overall = progress.add_task("runs", total=len(todo))
@@ -282,11 +288,7 @@ def _run_all(wanted, record: Record, fresh: bool, threads: int, console: Console
                 data = DATA[run.data](run.seed)
                 tokens = torch.cat(list(data.source.batches(TRAINING_TOKENS, 4096, seed=run.seed)))
                 held_out = torch.cat(list(data.source.batches(HELD_OUT_TOKENS, 4096, seed=run.seed + 1)))
-            try:
-                numbers, decoder, found = measure(run, data, tokens, held_out, progress)
-            except TypeError as error:
-                missing[run.architecture, run.setting] = f"missing: {error}"
-                continue
+            numbers, decoder, found = measure(run, data, tokens, held_out, progress)
             record.add(run, setting.source, numbers)
             record.keep_best(run, data, decoder, found)
             record.save(threads)
