@@ -7,6 +7,10 @@ VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Tested against, and installed without its dependencies: nnsight would bring torchvision, whose CUDA build cannot be
+# loaded beside a CPU build of torch and takes transformers with it. tests/peers/conftest.py stands in for nnsight.
+ALONE := dictionary-learning==0.1.0
+
 # The stamp holds the checkout that was installed into this environment last: another checkout's does not count.
 STAMP := $(VENV)/.fastsae-installed
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
@@ -71,7 +75,8 @@ $(BIN)/python:
 
 # The build's own tools are installed first and pinned too, so that the native library is built with them
 # and without a download: --no-build-isolation. Every other way to install builds in isolation.
-$(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE) | $(BIN)/python
+$(STAMP): Makefile pyproject.toml setup.py constraints.txt $(NATIVE) | $(BIN)/python
 	$(PIP) install --quiet -c constraints.txt setuptools pybind11 ninja
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install --quiet --no-deps $(ALONE)
 	@printf %s '$(CURDIR)' > $@
