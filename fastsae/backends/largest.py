@@ -21,7 +21,7 @@ class LargestOfBatch:
         self._held = 0
 
     def add(self, tokens: Tensor, latents: Tensor, values: Tensor, ranks: Tensor) -> None:
-        """Flat entries, each above `floor` as it was (or NaN): int64, int32, and two of the accumulating dtype."""
+        """Flat entries, each above `floor` as it was (or NaN): two of int32, and two of the accumulating dtype."""
         self._parts.append((tokens, latents, values, ranks))
         self._held += ranks.numel()
         if self._held > self.k_total + max(_LEAST_SLACK, int(_SLACK * self.k_total)):
@@ -37,7 +37,7 @@ class LargestOfBatch:
 
     def _choose(self, tokens: Tensor, latents: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
         """Which entries are kept, by token, then latent; and the least of k_total ranks, -inf if there are fewer."""
-        order = (tokens << 32 | latents).argsort()
+        order = (tokens.long() << 32 | latents).argsort()
         ranks = ranks[order]
         counts = _counts(ranks)
         counted = ranks.where(counts, -torch.inf)

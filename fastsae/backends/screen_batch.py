@@ -14,7 +14,7 @@ from fastsae.backends.screen_threshold import ThresholdScreen
 
 # Tokens of the guess. It aims at half as many entries again as are wanted: too low costs their dot products, too high
 # a second reading.
-_SAMPLE_TOKENS = 32
+_SAMPLE_TOKENS = 16
 _AIM = 1.5
 # Dividing by the scale rounds, and so does the ranking: a threshold this much lower is safe.
 _SAFE = 1 - 2.0**-21
@@ -41,6 +41,8 @@ class BatchScreen(ThresholdScreen):
         largest = self._read(guess)
         if guess > 0 and not largest.enough:
             largest = self._read(0.0)
+        # The working memory of the screen is as large as that of the last cut, which needs none of it.
+        del self._scores, self._values, self._indices
         return largest.result(self.x)
 
     def _guess(self) -> float:
@@ -69,7 +71,7 @@ class BatchScreen(ThresholdScreen):
             for chunk in scored_chunks(rows, self.w_enc, self._pack_w, self._scores, self.dtype):
                 self._set_threshold(slice(chunk.first, chunk.first + chunk.count), largest.floor)
                 piece = self._survivors(x, chunk, not_finite)
-                tokens = torch.arange(start, start + x.shape[0]).repeat_interleave(piece.counts)
+                tokens = torch.arange(start, start + x.shape[0], dtype=torch.int32).repeat_interleave(piece.counts)
                 ranks = self._ranks(piece.values, piece.indices)
                 entries = tokens, piece.indices, piece.values, ranks
                 if self.scale is not None:

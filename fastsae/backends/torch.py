@@ -97,7 +97,7 @@ def encode_batch_topk(
         pre = preactivations(x[start : start + rows], w_enc, b_enc, b_dec)
         rank = pre if scale is None else pre * scale
         tokens, latents = (~(rank <= largest.floor)).nonzero(as_tuple=True)
-        largest.add(tokens + start, latents.int(), pre[tokens, latents], rank[tokens, latents])
+        largest.add((tokens + start).int(), latents.int(), pre[tokens, latents], rank[tokens, latents])
     return largest.result(x)
 
 
