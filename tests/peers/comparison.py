@@ -107,11 +107,16 @@ def widening_to(dtype: torch.dtype) -> contextlib.AbstractContextManager:
 
 
 def training(
-    sae: fastsae.SAE, inputs: Results, coefficients: Mapping[str, float], dead: Tensor | None = None
+    sae: fastsae.SAE,
+    inputs: Results,
+    coefficients: Mapping[str, float],
+    dead: Tensor | None = None,
+    revived: Tensor | None = None,
 ) -> Results:
     """fastsae's results: what a batch is encoded and decoded to, its loss and terms, and every gradient.
 
-    Of the terms those in `coefficients` count, times these: peers return them so weighted.
+    Of the terms those in `coefficients` count, times these: peers return them so weighted. `dead` latents are so before
+    the batch, of which those `revived` fire in it.
     """
     inputs = dict(inputs)
     x, target = inputs.pop("x"), inputs.pop("target", None)
@@ -122,7 +127,8 @@ def training(
     loss = sae.loss(x, target)
     loss.total.backward()
     if dead is not None:
-        assert torch.equal(sae.dead_latents(), dead.nonzero()[:, 0]), "one that fires is dead no more"
+        left = dead if revived is None else dead & ~revived
+        assert torch.equal(sae.dead_latents(), left.nonzero()[:, 0]), "one that fires is dead no more"
     terms = {name: coefficient * loss.terms[name] for name, coefficient in coefficients.items()}
     everything = {"activations": out.codes.to_dense(), "output": out.sae_out, "total": loss.total, **terms}
     return {name: value.detach() for name, value in everything.items()} | gradients(sae, inputs)

@@ -135,6 +135,22 @@ def test_auxk_as_dictionary_learning(precision, n_dead):
     assert_agrees(precision, lambda inputs: training(sae, inputs, {"mse": 1, "auxk": 1}, dead), peer, problems)
 
 
+def test_auxk_is_without_latents_that_fire_again_as_dictionary_learning(precision):
+    """(SAELens takes those that were dead before the batch.)"""
+    revived = torch.zeros(D_SAE, dtype=torch.bool).index_fill(0, torch.tensor([1, 50, 79]), True)
+    dead = dead_latents(6) | revived
+    sae = fastsae.BatchTopKSAE(D_IN, D_SAE, 10, reconstruction="mse", dead_after_tokens=1000, dtype=precision)
+    peer = dictionaries.trained(
+        BatchTopKTrainer, {"l2_loss": "mse", "auxk_loss": "auxk"}, dictionaries.LINEAR, dead=dead, k=10
+    )
+    problems = [draw(seed, "b_enc", dead=dead & ~revived, dead_bias=0.0) for seed in range(SEEDS)]
+
+    def ours(inputs):
+        return training(sae, inputs, {"mse": 1, "auxk": 1}, dead, revived)
+
+    assert_agrees(precision, ours, peer, problems)
+
+
 def test_threshold_as_dictionary_learning():
     """In float32, which dictionary_learning rounds the least activation to whatever its dtype."""
     sae = fastsae.BatchTopKSAE(D_IN, D_SAE, 5, threshold_lr=0.25)
