@@ -1,5 +1,6 @@
-# make demo | test | lint | format | bench | gpu-check | wheel | clean. The first of them sets everything up: a virtual
-# environment (the active one, else .venv), the pinned packages of constraints.txt, and the native library.
+# make demo | test | test-triton | lint | format | bench | compile-check | gpu-check | wheel | constraints | clean. The
+# first of them sets everything up: a virtual environment (the active one, else .venv), the pinned packages of
+# constraints.txt, and the native library.
 
 PYTHON ?= python3
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
@@ -44,7 +45,8 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/fastsae bench
 
-# Needs no GPU: what each GPU kernel takes of sm_80, sm_90 and sm_100, and whether one spills.
+# Needs no GPU: what each GPU kernel takes of sm_80, sm_90 and sm_100, and whether one spills. Without nvcc or Triton it
+# says what it left out, and passes unless ARGS="--require nvcc,triton" names them.
 compile-check: $(STAMP)
 	$(BIN)/python -m fastsae.backends.compile_check $(ARGS)
 

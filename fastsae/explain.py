@@ -10,6 +10,8 @@ from fastsae.backends.screen import screen_dtype
 _OPS = (
     "encode_topk",
     "encode_threshold",
+    "encode_batch_topk",
+    "encode_groupmax",
     "decode",
     "squared_error",
     "sampled_dot",
