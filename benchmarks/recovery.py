@@ -53,6 +53,7 @@ class Run:
     options: dict[str, Any]
     lr: float
     sparsity_warmup: float
+    k_start: float | None
     steps: int
     batch: int
     seed: int
@@ -68,7 +69,7 @@ def runs(only: list[str], steps: int, seed: int) -> list[tuple[Run, Setting]]:
     names = [name for name in only if name not in DATA]
     chosen = [s for s in SETTINGS if not names or s.architecture in names or s.name in names]
     return [
-        (Run(data, s.architecture, s.name, s.arguments(data), s.lr, s.sparsity_warmup, steps, BATCH, seed), s)
+        (Run(data, s.architecture, s.name, s.arguments(data), s.lr, s.sparsity_warmup, s.k_start.get(data), steps, BATCH, seed), s)
         for data in wanted_data
         for s in chosen
     ]
@@ -82,6 +83,8 @@ def train(sae: fastsae.SAE, run: Run, tokens: Tensor, progress: Progress) -> flo
         warmup_steps=run.steps // 20,
         decay_steps=run.steps // 2,
         sparsity_warmup_steps=int(run.sparsity_warmup * run.steps),
+        k_start=run.k_start,
+        k_decay_steps=0 if run.k_start is None else run.steps // 2,
     )
     schedule = warmup_and_decay(optimizer, config)
     batches = tokens.split(run.batch)

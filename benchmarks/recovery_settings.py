@@ -49,6 +49,7 @@ class Setting:
     lr: peak of Adam's rate, after a warm-up over 5% of the steps; it falls linearly over the last half. Published runs
         have a hundred times as many steps, so their rates are raised.
     sparsity_warmup: share of the steps over which the sparsity coefficients rise from 0.
+    k_start: by the name of the data, the k of the first step, which falls to the SAE's own over the first half.
     source: whose way of training it is.
     """
 
@@ -59,6 +60,7 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)
     per_data: dict[str, dict[str, Any]] = field(default_factory=dict)
     sparsity_warmup: float = 0.0
+    k_start: dict[str, float] = field(default_factory=dict)
 
     def arguments(self, data: str) -> dict[str, Any]:
         """The constructor's options for one kind of data."""
