@@ -37,7 +37,7 @@ RECORD = ROOT / "benchmarks/results/recovery/recovery.json"
 QUICK_RECORD = ROOT / "build/recovery-quick.json"
 SCHEMA = "fastsae-recovery-1"
 
-BATCH, STEPS, QUICK_STEPS = 1024, 1500, 60
+BATCH, STEPS, QUICK_STEPS = 1024, 1000, 60
 # Activations are drawn once and gone through again: these are far more than an SAE of this size can learn by heart.
 TRAINING_TOKENS, HELD_OUT_TOKENS = 2**18, 2**15
 THRESHOLD = 0.9
@@ -53,7 +53,6 @@ class Run:
     options: dict[str, Any]
     lr: float
     sparsity_warmup: float
-    k_start: float | None
     steps: int
     batch: int
     seed: int
@@ -69,7 +68,7 @@ def runs(only: list[str], steps: int, seed: int) -> list[tuple[Run, Setting]]:
     names = [name for name in only if name not in DATA]
     chosen = [s for s in SETTINGS if not names or s.architecture in names or s.name in names]
     return [
-        (Run(data, s.architecture, s.name, s.arguments(data), s.lr, s.sparsity_warmup, s.k_start.get(data), steps, BATCH, seed), s)
+        (Run(data, s.architecture, s.name, s.arguments(data), s.lr, s.sparsity_warmup, steps, BATCH, seed), s)
         for data in wanted_data
         for s in chosen
     ]
@@ -83,8 +82,6 @@ def train(sae: fastsae.SAE, run: Run, tokens: Tensor, progress: Progress) -> flo
         warmup_steps=run.steps // 20,
         decay_steps=run.steps // 2,
         sparsity_warmup_steps=int(run.sparsity_warmup * run.steps),
-        k_start=run.k_start,
-        k_decay_steps=0 if run.k_start is None else run.steps // 2,
     )
     schedule = warmup_and_decay(optimizer, config)
     batches = tokens.split(run.batch)
@@ -108,8 +105,9 @@ def measure(
     """Builds, trains and scores one SAE: the row's numbers, its decoder, and what it recovered."""
     torch.manual_seed(run.seed)
     make = getattr(fastsae, run.architecture)
-    sae = make(data.source.d, data.d_sae, normalize_activations="scalar", **run.options)
-    sae.estimate_activation_scale(tokens[: 8 * BATCH])
+    sae = make(data.source.d, data.d_sae, **{"normalize_activations": "scalar"} | run.options)
+    if sae.normalize_activations == "scalar":
+        sae.estimate_activation_scale(tokens[: 8 * BATCH])
     seconds = train(sae, run, tokens, progress)
     decoder = sae.eval().W_dec.detach()
     metrics = evaluate(sae, held_out.split(4096))
