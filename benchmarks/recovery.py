@@ -37,7 +37,7 @@ RECORD = ROOT / "benchmarks/results/recovery/recovery.json"
 QUICK_RECORD = ROOT / "build/recovery-quick.json"
 SCHEMA = "fastsae-recovery-1"
 
-BATCH, STEPS, QUICK_STEPS = 1024, 1500, 60
+BATCH, STEPS, QUICK_STEPS = 1024, 1000, 60
 # Activations are drawn once and gone through again: these are far more than an SAE of this size can learn by heart.
 TRAINING_TOKENS, HELD_OUT_TOKENS = 2**18, 2**15
 THRESHOLD = 0.9
@@ -105,8 +105,9 @@ def measure(
     """Builds, trains and scores one SAE: the row's numbers, its decoder, and what it recovered."""
     torch.manual_seed(run.seed)
     make = getattr(fastsae, run.architecture)
-    sae = make(data.source.d, data.d_sae, normalize_activations="scalar", **run.options)
-    sae.estimate_activation_scale(tokens[: 8 * BATCH])
+    sae = make(data.source.d, data.d_sae, **{"normalize_activations": "scalar"} | run.options)
+    if sae.normalize_activations == "scalar":
+        sae.estimate_activation_scale(tokens[: 8 * BATCH])
     seconds = train(sae, run, tokens, progress)
     decoder = sae.eval().W_dec.detach()
     metrics = evaluate(sae, held_out.split(4096))
