@@ -35,6 +35,7 @@ from fastsae.backends.triton._launch import (
     power_of_two,
     rows_of,
     slice_width,
+    slices_of,
     vector,
 )
 from fastsae.backends.triton._segments import Windows, sum_latent, sum_windows
@@ -228,7 +229,7 @@ def _update(
     d_sae, d = slot.weight.shape
     columns, in_flight, options = _blocks(d, slot.weight.dtype, unit_norm)
     launch(
-        _update_rows, (d_sae, triton.cdiv(d, columns)), *codes, rows, rows.stride(0), shift,
+        _update_rows, (d_sae, slices_of(d, columns)), *codes, rows, rows.stride(0), shift,
         windows.sums, windows.weight_sums, *slot.with_strides(), *((None,) * 4 if bias is None else bias.tensors),
         d, *_sizes(codes, rows, windows), *adam,
         UNIT_NORM=unit_norm, COLUMNS=columns, ENTRIES=in_flight, **options,
