@@ -78,11 +78,11 @@ def architectures(folder: Path = RESULTS) -> str:
     shape, machine = result.shape, result.machine
     commit = f"commit {result.commit['hash'][:10]}" if result.commit else "an installed copy"
     lines = [
-        f"A training step (forward, backward, torch's fused Adam) in float32 beside the same step in dense PyTorch: d_in "
-        f"{shape['d_in']:,}, d_sae {shape['d_sae']:,}, {shape['n_tokens']:,} tokens, on {machine['cpu']} with "
-        f"{result.settings['threads']} threads; torch {result.versions['torch']}, {commit}, {result.date[:10]}. Medians "
-        f"of {result.settings['rounds']} interleaved rounds; peak memory beyond parameters, gradients, Adam's state and "
-        f"x. From [{name}](benchmarks/results/architectures/{name}).",
+        f"A training step (forward, backward, torch's fused Adam) in float32 beside the same step in dense PyTorch: "
+        f"d_in {shape['d_in']:,}, d_sae {shape['d_sae']:,}, {shape['n_tokens']:,} tokens, on {machine['cpu']} with "
+        f"{result.settings['threads']} threads; torch {result.versions['torch']}, {commit}, {result.date[:10]}. "
+        f"Medians of {result.settings['rounds']} interleaved rounds; peak memory beyond parameters, gradients, Adam's "
+        f"state and x. From [{name}](benchmarks/results/architectures/{name}).",
         "",
         "| architecture | L0 | dense ms | fastsae ms | ratio | dense memory | fastsae memory |",
         "|---|--:|--:|--:|--:|--:|--:|",
