@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastsae.backends.largest import LargestOfBatch
-from fastsae.backends.screen import _ROWS, scored_chunks
-from fastsae.backends.screen_threshold import ThresholdScreen
+from fastsae.backends.screen import _LATENTS, _ROWS
+from fastsae.backends.screen_threshold import ThresholdScreen, _Rows
 
 # Tokens of the guess. It aims at half as many entries again as are wanted: too low costs their dot products, too high
 # a second reading.
@@ -42,7 +42,7 @@ class BatchScreen(ThresholdScreen):
         if guess > 0 and not largest.enough:
             largest = self._read(0.0)
         # The working memory of the screen is as large as that of the last cut, which needs none of it.
-        del self._scores, self._values, self._indices
+        del self._scores, self._wide_values, self._wide_indices
         return largest.result(self.x)
 
     def _guess(self) -> float:
@@ -67,10 +67,10 @@ class BatchScreen(ThresholdScreen):
         for start in range(0, self.x.shape[0], _ROWS):
             x = self.x[start : start + _ROWS]
             not_finite = self._not_finite[: x.shape[0]].zero_()
-            rows = self._pack_x(x, not_finite)
-            for chunk in scored_chunks(rows, self.w_enc, self._pack_w, self._scores, self.dtype):
-                self._set_threshold(slice(chunk.first, chunk.first + chunk.count), largest.floor)
-                piece = self._survivors(x, chunk, not_finite)
+            rows = _Rows(start, x, self._pack_x(x, not_finite))
+            for first in range(0, self.w_enc.shape[0], _LATENTS):
+                self._set_threshold(slice(first, first + _LATENTS), largest.floor)
+                piece = self._survivors(rows, first)
                 tokens = torch.arange(start, start + x.shape[0], dtype=torch.int32).repeat_interleave(piece.counts)
                 ranks = self._ranks(piece.values, piece.indices)
                 entries = tokens, piece.indices, piece.values, ranks
