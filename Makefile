@@ -27,7 +27,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
-# Every test of an operator on Triton's interpreter: an hour of one core.
+# Every test of an operator on Triton's interpreter, those in float16 and those marked `costly` too, which `make test`
+# leaves out: ten minutes of one core.
 test-triton: $(STAMP)
 	FASTSAE_TEST_BACKENDS=triton $(BIN)/python -m pytest tests/ops tests/saes tests/optim tests/backends $(ARGS)
 

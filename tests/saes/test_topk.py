@@ -60,6 +60,7 @@ def parameters(sae):
     return [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_output_and_loss_match_the_dense_formula(backend, options):
     sae = build(**options)

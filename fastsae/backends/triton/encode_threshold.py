@@ -100,24 +100,28 @@ def _fill(lists: _Lists, operands: encode._Encoder, threshold: Tensor) -> None:
     )  # fmt: skip
 
 
-def encode_threshold(
-    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, threshold: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As reference.encode_threshold, of float32 pre-activations whatever the dtype of x."""
-    n_tokens, d_sae = x.shape[0], w_enc.shape[0]
-    operands = encode._Encoder(x, w_enc, b_enc, b_dec, 0, False)
-    threshold = threshold.contiguous()
+def above(operands: encode._Encoder, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-> values float32 [nnz], indices and offsets of what is above `threshold`."""
+    n_tokens, d_sae, device = operands.x.shape[0], operands.d_sae, threshold.device
     usual = min(d_sae, _USUAL_L0)
-    lists = _Lists(torch.arange(n_tokens + 1, device=x.device) * usual, n_tokens * usual)
+    lists = _Lists(torch.arange(n_tokens + 1, device=device) * usual, n_tokens * usual)
     _fill(lists, operands, threshold)
-    offsets = torch.zeros(n_tokens + 1, dtype=torch.int64, device=x.device)
+    offsets = torch.zeros(n_tokens + 1, dtype=torch.int64, device=device)
     torch.cumsum(lists.counts, 0, out=offsets[1:])
     most = lists.counts.amax() if n_tokens else offsets[0]
     nnz, most = torch.stack([offsets[-1], most]).tolist()
     if most > usual:
         lists = _Lists(offsets, nnz)
         _fill(lists, operands, threshold)
-    values, indices = lists.sorted(nnz, d_sae)
+    return *lists.sorted(nnz, d_sae), offsets
+
+
+def encode_threshold(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, threshold: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As reference.encode_threshold, of float32 pre-activations whatever the dtype of x."""
+    operands = encode._Encoder(x, w_enc, b_enc, b_dec, 0, False)
+    values, indices, offsets = above(operands, threshold.contiguous())
     return values.to(x.dtype), indices, offsets
 
 
