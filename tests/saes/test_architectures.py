@@ -13,7 +13,8 @@ IDS = [f"{name} {options}" for name, options in SETTINGS]
 every = pytest.mark.parametrize(("name", "options"), SETTINGS, ids=IDS)
 # The modules are elementwise work around operators that are tested on every backend: one native and the plain one do.
 BATCHES = 3
-PLAIN_AND_BEST = [backends()[0], backends()[-1]] if len(backends()) > 1 else backends()
+FAST = [backend for backend in backends() if not backend.interpreted] or backends()
+PLAIN_AND_BEST = [FAST[0], FAST[-1]] if len(FAST) > 1 else FAST
 
 
 @every
