@@ -231,13 +231,33 @@ def defined_preactivations(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec
 
 
 def defined_encode_topk(
-    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, relu_first: bool = False
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    k: int,
+    relu_first: bool = False,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """encode_topk of x [n_tokens, d_in] with w_enc [d_sae, d_in] as native code must return it, to the bit."""
     pre = defined_preactivations(x, w_enc, b_enc, b_dec)
-    pre = pre.relu() if relu_first else pre
-    values, indices = pre.sort(dim=1, descending=True, stable=True)
-    return values[:, :k].to(x.dtype), indices[:, :k].int()
+    rank = pre if scale is None else pre * scale.float()
+    if relu_first:
+        rank, pre = rank.relu(), pre.where(~(rank <= 0), 0)
+    indices = rank.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return pre.gather(1, indices).to(x.dtype), indices.int()
+
+
+def defined_encode_batch_topk(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k_total: int, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """encode_batch_topk of x [n_tokens, d_in] with w_enc [d_sae, d_in] as native code must return it, to the bit."""
+    pre = defined_preactivations(x, w_enc, b_enc, b_dec)
+    rank = (pre if scale is None else pre * scale.float()).reshape(-1)
+    candidates = [(-r, place) for place, r in enumerate(rank.tolist()) if 0 < r < math.inf]
+    kept = ~(rank < math.inf)
+    kept[[place for _, place in sorted(candidates)[:k_total]]] = True
+    return (pre.reshape(-1)[kept].to(x.dtype), *_places(kept.reshape(pre.shape)))
 
 
 def defined_encode_threshold(
@@ -246,6 +266,10 @@ def defined_encode_threshold(
     """encode_threshold of x [n_tokens, d_in] with w_enc [d_sae, d_in] as native code must return it, to the bit."""
     pre = defined_preactivations(x, w_enc, b_enc, b_dec)
     kept = ~(pre <= threshold.float())
+    return (pre[kept].to(x.dtype), *_places(kept))
+
+
+def _places(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and offsets of the entries of a mask [n_tokens, d_sae]."""
     counts = kept.sum(dim=1)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return pre[kept].to(x.dtype), kept.nonzero()[:, 1].int(), offsets
+    return kept.nonzero()[:, 1].int(), torch.cat([counts.new_zeros(1), counts.cumsum(0)])

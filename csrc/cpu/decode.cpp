@@ -3,9 +3,9 @@
 //
 // Access: token-major. The rows of W_dec that a token names are gathered with prefetch (gather.h);
 // the running sum of a token stays in the first-level cache and is written once. A row of W_dec is
-// read once for each entry, so the floor is nnz rows at the rate of random row reads. Static
-// schedule: every token of a top-k code has the same number of entries.
-#include "fastsae/scratch.h"
+// read once for each entry, so the floor is nnz rows at the rate of random row reads. Threads share
+// the tokens by their entries (balance.h).
+#include "balance.h"
 #include "gather.h"
 #include "isa_kernels.h"
 
@@ -13,61 +13,56 @@ namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
 
-// b_dec is added last: a chain that starts from it rounds at its magnitude in every step.
-template <typename T>
-void decode_row(const T* values, const Codes& codes, int64_t n, const T* w, int64_t stride,
-                int64_t d, const float* b_dec, float* sum) {
-  const int64_t begin = codes.begin(n), count = codes.begin(n + 1) - begin;
-  std::memset(sum, 0, static_cast<size_t>(d) * sizeof(float));
-  add_weighted_rows<false>(
-      w, stride, d, nullptr, count, [&](int64_t j) { return to_float(values[begin + j]); },
-      [&](int64_t j) { return codes.indices[begin + j]; }, sum);
-  if (!b_dec) return;
-  for (int64_t i = 0; i < d; ++i) sum[i] += b_dec[i];
+// Reading a target and writing a row, in gathered rows.
+constexpr int64_t kTokenCost = 2;
+
+template <typename T, typename Finish>
+void for_each_token(const T* values, const Codes& codes, Matrix w_dec, int64_t d,
+                    const float* b_dec, Finish finish) {
+  const auto sum = [&](int64_t n, int64_t first, int64_t columns, float* out, float*) {
+    const int64_t begin = codes.begin(n), count = codes.begin(n + 1) - begin;
+    std::memset(out, 0, static_cast<size_t>(columns) * sizeof(float));
+    add_weighted_rows<false>(
+        static_cast<const T*>(w_dec.data) + first, w_dec.stride, columns, nullptr, count,
+        [&](int64_t j) { return to_float(values[begin + j]); },
+        [&](int64_t j) { return codes.indices[begin + j]; }, out);
+    // b_dec is added last: a chain that starts from it rounds at its magnitude in every step.
+    if (!b_dec) return;
+    for (int64_t i = 0; i < columns; ++i) out[i] += b_dec[first + i];
+  };
+  const auto begin = [&](int64_t n) { return codes.begin(n); };
+  for_each_row(codes.n_tokens, begin, kTokenCost, d, sum, finish);
 }
 
 template <typename T>
-void decode_as(const T* values, Codes codes, Matrix w_dec, int64_t d, const float* b_dec,
+void decode_as(const T* values, const Codes& codes, Matrix w_dec, int64_t d, const float* b_dec,
                MutableMatrix out) {
-#pragma omp parallel
-  {
-    Scratch<float> sum(d);
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < codes.n_tokens; ++n) {
-      decode_row(values, codes, n, static_cast<const T*>(w_dec.data), w_dec.stride, d, b_dec,
-                 sum.get());
-      write_row(sum.get(), d, static_cast<T*>(out.data) + n * out.stride);
-    }
-  }
+  for_each_token(values, codes, w_dec, d, b_dec, [&](int64_t n, float* sum) {
+    write_row(sum, d, static_cast<T*>(out.data) + n * out.stride);
+  });
 }
 
 template <typename T>
-void squared_error_as(const T* values, Codes codes, Matrix w_dec, int64_t d, const float* b_dec,
-                      Matrix target, MutableMatrix residual, float* squared_error) {
-#pragma omp parallel
-  {
-    Scratch<float> sum(d);
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < codes.n_tokens; ++n) {
-      decode_row(values, codes, n, static_cast<const T*>(w_dec.data), w_dec.stride, d, b_dec,
-                 sum.get());
-      const T* t = static_cast<const T*>(target.data) + n * target.stride;
-      F16 squares = zero();
-      int64_t i = 0;
-      for (; i + kLanes <= d; i += kLanes) {
-        const F16 r = sub(load(sum.get() + i), load(t + i));
-        store(sum.get() + i, r);
-        squares = fma(r, r, squares);
-      }
-      if (i < d) {
-        const F16 r = sub(load_partial(sum.get() + i, d - i), load_partial(t + i, d - i));
-        store_partial(sum.get() + i, r, d - i);
-        squares = fma(r, r, squares);
-      }
-      squared_error[n] = reduce(squares);
-      write_row(sum.get(), d, static_cast<T*>(residual.data) + n * residual.stride);
+void squared_error_as(const T* values, const Codes& codes, Matrix w_dec, int64_t d,
+                      const float* b_dec, Matrix target, MutableMatrix residual,
+                      float* squared_error) {
+  for_each_token(values, codes, w_dec, d, b_dec, [&](int64_t n, float* sum) {
+    const T* t = static_cast<const T*>(target.data) + n * target.stride;
+    F16 squares = zero();
+    int64_t i = 0;
+    for (; i + kLanes <= d; i += kLanes) {
+      const F16 r = sub(load(sum + i), load(t + i));
+      store(sum + i, r);
+      squares = fma(r, r, squares);
     }
-  }
+    if (i < d) {
+      const F16 r = sub(load_partial(sum + i, d - i), load_partial(t + i, d - i));
+      store_partial(sum + i, r, d - i);
+      squares = fma(r, r, squares);
+    }
+    squared_error[n] = reduce(squares);
+    write_row(sum, d, static_cast<T*>(residual.data) + n * residual.stride);
+  });
 }
 
 }  // namespace

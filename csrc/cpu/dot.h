@@ -9,8 +9,8 @@
 namespace fastsae {
 namespace FASTSAE_ISA {
 
-template <typename T>
-inline float dot(const float* x, const T* w, int64_t d) {
+template <typename X, typename T>
+inline float dot(const X* x, const T* w, int64_t d) {
   F16 sum = zero();
   int64_t i = 0;
   for (; i + kLanes <= d; i += kLanes) sum = fma(load(x + i), load(w + i), sum);

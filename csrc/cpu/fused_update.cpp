@@ -9,12 +9,13 @@
 // Access: latent-major. A gradient row lives in the first-level cache from its sum to its use, so
 // no gradient tensor exists; each parameter and state row is read and written once (28 bytes a
 // parameter in float32 fall to 24), which is the floor for rows that no token names, the great
-// majority. With float32 masters of bfloat16 parameters the copies add 2 bytes, written.
+// majority. With float32 masters of bfloat16 parameters the copies add 2 bytes, written. Threads
+// share the latents by their entries (balance.h).
 #include <cmath>
 
 #include "accumulate.h"
+#include "balance.h"
 #include "dot.h"
-#include "fastsae/scratch.h"
 #include "isa_kernels.h"
 
 namespace fastsae {
@@ -77,49 +78,58 @@ void copy_row(const State* master, int64_t f, int64_t d, const MutableMatrix& co
   for (; i < d; ++i) assign(to[i], to_float(master[i]));
 }
 
+// A latent's two updates, in gathered rows: 14 of them in bytes.
+constexpr int64_t kLatentCost = 16;
+
 // T is the dtype of activations and codes, State that of weights and moments.
 template <typename T, typename State>
 void fused_update_as(const FusedUpdate& u) {
   const AdamLanes lanes(u.adam);
-  const int64_t d_in = u.d_in, d_out = u.d_out;
+  const int64_t d_in = u.d_in, d_out = u.d_out, both = d_out + d_in;
   const auto row = row_of<State>;
-#pragma omp parallel
-  {
-    const int64_t widest = d_in > d_out ? d_in : d_out;
-    Scratch<float> gradient(widest), partial(widest), weights(widest);
-#pragma omp for schedule(dynamic, 64)
-    for (int64_t f = 0; f < u.codes.d_sae; ++f) {
-      accumulate_latent(static_cast<const T*>(u.values), u.codes, f, u.g, d_out, nullptr,
-                        u.row_scale, gradient.get(), partial.get());
-      State* w_dec = row(u.w_dec, f);
-      if (u.unit_norm) {
-        load_row(w_dec, nullptr, d_out, weights.get());
-        const float squared = dot(weights.get(), weights.get(), d_out);
-        const float along = dot(weights.get(), gradient.get(), d_out);
-        if (squared != 0.0f)
-          add_row<false>(-along / squared, weights.get(), nullptr, d_out, gradient.get());
-      }
-      adam_row(lanes, gradient.get(), d_out, w_dec, row(u.w_dec_first, f), row(u.w_dec_second, f));
-      if (u.unit_norm) {
-        load_row(w_dec, nullptr, d_out, weights.get());
-        const float norm = std::sqrt(dot(weights.get(), weights.get(), d_out));
-        const float scale = 1.0f / (norm < 1e-12f ? 1e-12f : norm);
-        for (int64_t i = 0; i < d_out; ++i) weights[i] *= scale;
-        write_row(weights.get(), d_out, w_dec);
-      }
-      copy_row<T>(w_dec, f, d_out, u.w_dec_copy);
 
-      const float bias_gradient =
-          accumulate_latent(static_cast<const T*>(u.grad_values), u.codes, f, u.x, d_in, u.b_dec,
-                            nullptr, gradient.get(), partial.get());
-      adam_row(lanes, gradient.get(), d_in, row(u.w_enc, f), row(u.w_enc_first, f),
-               row(u.w_enc_second, f));
-      adam_row(lanes, &bias_gradient, 1, row(u.b_enc, f), row(u.b_enc_first, f),
-               row(u.b_enc_second, f));
-      copy_row<T>(row(u.w_enc, f), f, d_in, u.w_enc_copy);
-      copy_row<T>(row(u.b_enc, f), f, 1, u.b_enc_copy);
+  // A latent's sums are its decoder's gradient, its encoder's gradient and its bias's.
+  const auto sum = [&](int64_t f, int64_t first, int64_t columns, float* out, float* partial) {
+    const int64_t end = first + columns;
+    if (first < d_out)
+      accumulate_latent(static_cast<const T*>(u.values), u.codes, f, u.g, first,
+                        (end < d_out ? end : d_out) - first, nullptr, u.row_scale, out, partial);
+    if (end <= d_out) return;
+    const int64_t from = first > d_out ? first : d_out, to = end < both ? end : both;
+    const float bias =
+        accumulate_latent(static_cast<const T*>(u.grad_values), u.codes, f, u.x, from - d_out,
+                          to - from, u.b_dec, nullptr, out + from - first, partial);
+    if (end > both) out[both - first] = bias;
+  };
+
+  const auto update = [&](int64_t f, float* gradient) {
+    State* w_dec = row(u.w_dec, f);
+    if (u.unit_norm) {
+      const float squared = dot(w_dec, w_dec, d_out);
+      const float along = dot(w_dec, gradient, d_out);
+      if (squared != 0.0f) add_row<false>(-along / squared, w_dec, nullptr, d_out, gradient);
     }
-  }
+    adam_row(lanes, gradient, d_out, w_dec, row(u.w_dec_first, f), row(u.w_dec_second, f));
+    if (u.unit_norm) {
+      const float norm = std::sqrt(dot(w_dec, w_dec, d_out));
+      const F16 scale = broadcast(1.0f / (norm < 1e-12f ? 1e-12f : norm));
+      int64_t i = 0;
+      for (; i + kLanes <= d_out; i += kLanes) store(w_dec + i, mul(load(w_dec + i), scale));
+      if (i < d_out)
+        store_partial(w_dec + i, mul(load_partial(w_dec + i, d_out - i), scale), d_out - i);
+    }
+    copy_row<T>(w_dec, f, d_out, u.w_dec_copy);
+
+    adam_row(lanes, gradient + d_out, d_in, row(u.w_enc, f), row(u.w_enc_first, f),
+             row(u.w_enc_second, f));
+    adam_row(lanes, gradient + both, 1, row(u.b_enc, f), row(u.b_enc_first, f),
+             row(u.b_enc_second, f));
+    copy_row<T>(row(u.w_enc, f), f, d_in, u.w_enc_copy);
+    copy_row<T>(row(u.b_enc, f), f, 1, u.b_enc_copy);
+  };
+
+  const auto begin = [&](int64_t f) { return u.codes.offsets[f]; };
+  for_each_row(u.codes.d_sae, begin, kLatentCost, both + 1, sum, update);
 }
 
 }  // namespace

@@ -11,13 +11,14 @@ from fastsae.codes import SparseCodes
 from fastsae.ops import _check
 from fastsae.ops._library import define
 from fastsae.ops.accumulate_rows import accumulate_rows_op
-from fastsae.ops.decode import check_decoder
+from fastsae.ops.decode import check_decoder, decode_op
 from fastsae.ops.sampled_dot import sampled_dot_op
 from fastsae.ops.squared_error import squared_error_op
 from fastsae.ops.transpose import LatentMajor, transposed
 
-# Latents whose gradient rows exist twice at one time.
-_LATENTS = 2048
+# Latents whose gradient rows, and tokens whose decoded rows, exist twice at one time.
+_LATENTS = 1024
+_TOKENS = 512
 
 
 class _Part(NamedTuple):
@@ -62,12 +63,13 @@ def _nested_errors(values, indices, offsets, w_dec, b_dec, target, widths):
     return -left, torch.stack(squared, dim=1)
 
 
-def _nested_errors_backward(grad_squared, values, indices, offsets, w_dec, residual, widths, needs_w):
+def _nested_errors_backward(grad_squared, values, indices, offsets, w_dec, b_dec, target, widths, needs_w):
     """With S_w = Σ_{v ≥ w} 2 s̄_v r_v, what every entry below w sees: parts from the last to the first.
 
-    The residuals of shorter prefixes are found again on the way, r_v = r_w - decode(part w): two [n_tokens, d_out]
+    The residuals are found again on the way, r_v = r_w - decode(part w) from the whole one on: two [n_tokens, d_out]
     tensors are held, whatever the number of widths.
     """
+    residual, _ = squared_error_op(values, indices, offsets, w_dec, b_dec, target)
     flat = values.reshape(-1)
     grad_values = torch.empty_like(flat)
     grad_w = w_dec.new_empty(w_dec.shape) if needs_w else w_dec.new_empty(0, 0)
@@ -82,10 +84,17 @@ def _nested_errors_backward(grad_squared, values, indices, offsets, w_dec, resid
             latent_major = transposed(indices, offsets, w_dec.shape[0])
             _accumulate(values, latent_major, begin, end, seen, grad_w)
         if number:
-            # r of the next shorter prefix: decode - r, negated.
-            shorter, _ = squared_error_op(flat[part.entries], part.indices, part.offsets, w_dec, None, residual)
-            residual = shorter.neg_()
+            _subtract_decoded(residual, flat[part.entries], part, w_dec)
     return grad_values.reshape(values.shape), grad_w, seen
+
+
+def _subtract_decoded(residual: Tensor, values: Tensor, part: _Part, w_dec: Tensor) -> None:
+    """residual ← residual - decode(part), some tokens at a time."""
+    edges = [*range(0, residual.shape[0], _TOKENS), residual.shape[0]]
+    bounds = part.offsets[edges].tolist()
+    for (first, last), (low, high) in zip(pairwise(edges), pairwise(bounds), strict=True):
+        offsets = part.offsets[first : last + 1] - low
+        residual[first:last] -= decode_op(values[low:high], part.indices[low:high], offsets, w_dec, None)
 
 
 def _accumulate(values: Tensor, by_latent: LatentMajor, begin: int, end: int, g: Tensor, grad_w: Tensor) -> None:
@@ -104,17 +113,17 @@ def _fake(values, indices, offsets, w_dec, b_dec, target, widths):
     return residual, target.new_empty(target.shape[0], len(widths), dtype=wide)
 
 
-def _fake_backward(grad_squared, values, indices, offsets, w_dec, residual, widths, needs_w):
+def _fake_backward(grad_squared, values, indices, offsets, w_dec, b_dec, target, widths, needs_w):
     grad_w = w_dec.new_empty(w_dec.shape) if needs_w else w_dec.new_empty(0, 0)
-    return torch.empty_like(values), grad_w, torch.empty_like(residual)
+    return torch.empty_like(values), grad_w, torch.empty_like(target, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output):
-    values, indices, offsets, w_dec, _, _, widths = inputs
+    *tensors, widths = inputs
     ctx.widths = list(widths)
     ctx.mark_non_differentiable(output[0])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(values, indices, offsets, w_dec, output[0])
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, _, grad_squared):
@@ -135,8 +144,8 @@ def _backward(ctx, _, grad_squared):
 
 nested_errors_backward_op = define(
     "nested_errors_backward",
-    "(Tensor grad_squared, Tensor values, Tensor indices, Tensor? offsets, Tensor w_dec, Tensor residual, "
-    "int[] widths, bool needs_w) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad_squared, Tensor values, Tensor indices, Tensor? offsets, Tensor w_dec, Tensor? b_dec, "
+    "Tensor target, int[] widths, bool needs_w) -> (Tensor, Tensor, Tensor)",
     by="w_dec",
     kernel=_nested_errors_backward,
     fake=_fake_backward,

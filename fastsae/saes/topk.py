@@ -8,8 +8,8 @@ from typing_extensions import Unpack
 
 from fastsae.codes import SparseCodes
 from fastsae.ops import encode_groupmax, encode_topk, sampled_dot, squared_error
+from fastsae.ops._encoder import sum_of_rows
 from fastsae.ops.accumulate_rows import accumulate_rows_op
-from fastsae.ops.encode import sum_of_rows
 from fastsae.ops.transpose import transposed
 from fastsae.saes.auxk import HasAuxK
 from fastsae.saes.base import Active, SAEOptions, Weights

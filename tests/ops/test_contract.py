@@ -75,6 +75,8 @@ OPERATORS = {
 ELSEWHERE = {
     "fastsae::fused_update",
     "fastsae::encode_threshold",
+    "fastsae::encode_batch_topk",
+    "fastsae::encode_groupmax",
     "fastsae::nested_errors",
     "fastsae::nested_errors_backward",
 }

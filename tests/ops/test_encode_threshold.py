@@ -9,7 +9,7 @@ import torch
 from hostile import W_FAULTS, X_FAULTS, problems, spoil_w, spoil_x
 
 from fastsae import ops, reference
-from fastsae.backends import dispatch
+from fastsae.backends import dispatch, screen_threshold
 from fastsae.backends import torch as torch_backend
 from fastsae.ops.encode_threshold import encode_threshold_op
 from fastsae.reference.encode import preactivations
@@ -74,6 +74,27 @@ def test_faults(fault, dtype):
 @pytest.mark.parametrize("n_tokens", [0, 1, 1024, 1025])
 def test_blocks_of_rows(n_tokens):
     check_native(*draw(n_tokens, 5, 600))
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native code here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spares_nothing", [0.0, 0.3, 2.0], ids=["never_screened", "sometimes", "always_screened"])
+def test_with_and_without_the_screen(monkeypatch, dtype, spares_nothing):
+    """Few survive of the first 512 latents, most of the next, some of the last: each way must give the same bits."""
+    monkeypatch.setattr(
+        screen_threshold, "_SCREEN_SPARES_NOTHING", dict.fromkeys((torch.float32, torch.bfloat16), spares_nothing)
+    )
+    x, w_enc, b_enc, b_dec, _ = draw(37, 21, 1300, dtype)
+    threshold = torch.cat([torch.full((512,), 9.0), torch.full((512,), -20.0), torch.randn(276)])
+    check_native(x, w_enc, b_enc, b_dec, threshold)
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native code here")
+def test_rows_go_on_in_halves_where_much_waits(monkeypatch):
+    monkeypatch.setattr(screen_threshold, "_MOST_WAITING", 5_000)
+    monkeypatch.setattr(screen_threshold, "_FEWEST_ROWS", 20)
+    x, w_enc, b_enc, b_dec, threshold = draw(101, 5, 1700)
+    check_native(x, w_enc, b_enc, b_dec, threshold - 3)
 
 
 @each

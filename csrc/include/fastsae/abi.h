@@ -71,7 +71,8 @@ struct SelectionState {
 };
 
 // A chunk of latents for encode_threshold: f_count of them from f_begin on, `w_enc`, `b_enc`,
-// `threshold` and the latents' bounds those of the chunk. Row n of the block writes up to f_count
+// `threshold` and the latents' bounds those of the chunk; bounds and not_finite are read only where
+// there are scores. Row n of the block writes up to f_count
 // entries from n * f_count on, indices counted from latent 0, and how many they are into counts[n].
 struct ThresholdChunk {
   int64_t f_begin;

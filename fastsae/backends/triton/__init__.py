@@ -15,6 +15,7 @@ import torch
 
 _MODULE_OF = {
     "encode_topk": "encode",
+    "encode_threshold": "encode_threshold",
     "decode": "decode",
     "squared_error": "decode",
     "sampled_dot": "sampled_dot",

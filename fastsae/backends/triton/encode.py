@@ -216,11 +216,20 @@ def _fuses(d_sae: int) -> bool:
 
 
 def encode_topk(
-    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, relu_first: bool
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    k: int,
+    relu_first: bool,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As reference.encode_topk, chosen among float32 pre-activations whatever the dtype of x."""
-    if k > _MOST_K:
-        return torch_backend.encode_topk(x, w_enc, b_enc, b_dec, k, relu_first)
+    """As reference.encode_topk, chosen among float32 pre-activations whatever the dtype of x.
+
+    Plain PyTorch serves more latents than the kernel has room for, and a scale, which it does not know.
+    """
+    if k > _MOST_K or scale is not None:
+        return torch_backend.encode_topk(x, w_enc, b_enc, b_dec, k, relu_first, scale)
     n_tokens = x.shape[0]
     values = x.new_empty(n_tokens, k)
     indices = torch.empty(n_tokens, k, dtype=torch.int32, device=x.device)
