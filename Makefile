@@ -1,10 +1,15 @@
-# make demo | test | lint | format | bench | gpu-check | wheel | clean. The first of them sets everything up: a virtual
-# environment (the active one, else .venv), the pinned packages of constraints.txt, and the native library.
+# make demo | test | test-triton | lint | format | bench | compile-check | gpu-check | wheel | constraints | clean. The
+# first of them sets everything up: a virtual environment (the active one, else .venv), the pinned packages of
+# constraints.txt, and the native library.
 
 PYTHON ?= python3
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Tested against, and installed without its dependencies: nnsight would bring torchvision, whose CUDA build cannot be
+# loaded beside a CPU build of torch and takes transformers with it. tests/peers/conftest.py stands in for nnsight.
+ALONE := dictionary-learning==0.1.0
 
 # The stamp holds the checkout that was installed into this environment last: another checkout's does not count.
 STAMP := $(VENV)/.fastsae-installed
@@ -22,7 +27,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
-# Every test of an operator on Triton's interpreter: an hour of one core.
+# Every test of an operator on Triton's interpreter, those in float16 and those marked `costly` too, which `make test`
+# leaves out: ten minutes of one core.
 test-triton: $(STAMP)
 	FASTSAE_TEST_BACKENDS=triton $(BIN)/python -m pytest tests/ops tests/saes tests/optim tests/backends $(ARGS)
 
@@ -40,7 +46,8 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/fastsae bench
 
-# Needs no GPU: what each GPU kernel takes of sm_80, sm_90 and sm_100, and whether one spills.
+# Needs no GPU: what each GPU kernel takes of sm_80, sm_90 and sm_100, and whether one spills. Without nvcc or Triton it
+# says what it left out, and passes unless ARGS="--require nvcc,triton" names them.
 compile-check: $(STAMP)
 	$(BIN)/python -m fastsae.backends.compile_check $(ARGS)
 
@@ -69,7 +76,8 @@ $(BIN)/python:
 
 # The build's own tools are installed first and pinned too, so that the native library is built with them
 # and without a download: --no-build-isolation. Every other way to install builds in isolation.
-$(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE) | $(BIN)/python
+$(STAMP): Makefile pyproject.toml setup.py constraints.txt $(NATIVE) | $(BIN)/python
 	$(PIP) install --quiet -c constraints.txt setuptools pybind11 ninja
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install --quiet --no-deps $(ALONE)
 	@printf %s '$(CURDIR)' > $@

@@ -1,18 +1,20 @@
-"""Writes the table of README.md from the newest record in benchmarks/results; run it after recording one.
+"""Writes the tables of README.md from the newest records in benchmarks/results; run it after recording one.
 
     fastsae bench --out benchmarks/results/NAME.json && python benchmarks/readme_table.py
+    fastsae bench --arch all --out benchmarks/results/architectures/NAME.json && python benchmarks/readme_table.py
 
 tests/test_readme.py checks that README.md holds what this would write.
 """
 
 from pathlib import Path
+from statistics import median
 
+from fastsae.bench import architectures_result
 from fastsae.bench.result import Measurement, Result, Row, load_result
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SHAPE, DTYPE = "gpt2-small", "float32"
 PHASES = {"encode": "encode", "decode": "decode", "step": "training step with Adam"}
 
@@ -66,13 +68,43 @@ def _line(phase: str, row: Row) -> str:
     return f"| {phase} | {name} | {row.precision} | {row.p50 * 1e3:,.1f} | {row.over_gemm:.2f} | {memory} |"
 
 
-def inserted(text: str, block: str) -> str:
+def architectures(folder: Path = RESULTS) -> str:
+    """The latest green record of every architecture's step beside its dense step."""
+    records = [(architectures_result.load(path), path) for path in sorted(folder.glob("architectures/*.json"))]
+    records = [(result.date, path.name, result) for result, path in records if result.green]
+    if not records:
+        return "No measurement is recorded yet."
+    _, name, result = max(records, key=lambda record: record[:2])
+    shape, machine = result.shape, result.machine
+    commit = f"commit {result.commit['hash'][:10]}" if result.commit else "an installed copy"
+    lines = [
+        f"A training step (forward, backward, torch's fused Adam) in float32 beside the same step in dense PyTorch: "
+        f"d_in {shape['d_in']:,}, d_sae {shape['d_sae']:,}, {shape['n_tokens']:,} tokens, on {machine['cpu']} with "
+        f"{result.settings['threads']} threads; torch {result.versions['torch']}, {commit}, {result.date[:10]}. "
+        f"Medians of {result.settings['rounds']} interleaved rounds; peak memory beyond parameters, gradients, Adam's "
+        f"state and x. From [{name}](benchmarks/results/architectures/{name}).",
+        "",
+        "| architecture | L0 | dense ms | fastsae ms | ratio | dense memory | fastsae memory |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in result.rows:
+        times = [f"{1e3 * median(row.seconds[which]):,.0f}" for which in ("dense", "fastsae")]
+        peaks = [row.peak_memory.get(which) for which in ("dense", "fastsae")]
+        memory = ["" if peak is None else f"{peak / 2**20:,.0f} MiB" for peak in peaks]
+        cells = row.name, f"{row.l0:.0f}", *times, f"{row.ratio:.2f}", *memory
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def inserted(text: str, block: str, name: str = "bench") -> str:
     """`text` with `block` between its markers. Raises ValueError if it has not exactly one pair of them."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected {BEGIN} and {END} once each, in this order")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected {begin} and {end} once each, in this order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
 
 
 if __name__ == "__main__":
-    README.write_text(inserted(README.read_text(), table()))
+    text = inserted(README.read_text(), table())
+    README.write_text(inserted(text, architectures(), "architectures"))

@@ -6,6 +6,33 @@ from fastsae import ops, optim
 from fastsae.backends.dispatch import backend
 from fastsae.codes import SparseCodes
 from fastsae.explain import explain
-from fastsae.saes import SAE, SAELoss, SAEOutput, TopKSAE, load
+from fastsae.saes import (
+    SAE,
+    BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    ReLUSAE,
+    SAELoss,
+    SAEOutput,
+    TopKSAE,
+    load,
+)
 
-__all__ = ["SAE", "SAELoss", "SAEOutput", "SparseCodes", "TopKSAE", "backend", "explain", "load", "ops", "optim"]
+__all__ = [
+    "SAE",
+    "BatchTopKSAE",
+    "GatedSAE",
+    "JumpReLUSAE",
+    "MatryoshkaSAE",
+    "ReLUSAE",
+    "SAELoss",
+    "SAEOutput",
+    "SparseCodes",
+    "TopKSAE",
+    "backend",
+    "explain",
+    "load",
+    "ops",
+    "optim",
+]

@@ -10,6 +10,8 @@ from fastsae.backends.screen import screen_dtype
 _OPS = (
     "encode_topk",
     "encode_threshold",
+    "encode_batch_topk",
+    "encode_groupmax",
     "decode",
     "squared_error",
     "sampled_dot",
@@ -38,16 +40,26 @@ def _library() -> str:
     return f"native CPU library, instruction set {native.cpu.isa()}, screen of encode_topk in {screen_dtype()}"
 
 
+def _heading(what: str, choices: dict[str, dispatch.Choice]) -> str:
+    parts = [_library()]
+    if any(choice.backend == "triton" for choice in choices.values()):
+        from fastsae.backends.triton.encode import float32_products
+
+        parts.append(f"float32 products of Triton's encoders in {float32_products()}")
+    return f"{what} ({'; '.join(parts)}):"
+
+
 def explain(obj: object = None) -> Explanation:
-    """Which backend serves each operator, and why.
+    """Which backend serves each operator, and why; in what precision Triton multiplies float32, where it serves.
 
     Without an argument: what ran last in this process. With an SAE or a tensor: what calls of its device and dtype
     would run on. Raises TypeError for anything else.
     """
     if obj is None:
-        return Explanation(dict(dispatch.last_choices()), f"Last calls ({_library()}):")
+        choices = dict(dispatch.last_choices())
+        return Explanation(choices, _heading("Last calls", choices))
     device, dtype = getattr(obj, "device", None), getattr(obj, "dtype", None)
     if not isinstance(device, torch.device) or not isinstance(dtype, torch.dtype):
         raise TypeError(f"obj is a {type(obj).__name__}: expected an SAE, a tensor or nothing")
     choices = {op: dispatch.choose(op, device, dtype) for op in _OPS}
-    return Explanation(choices, f"{type(obj).__name__} on {device} in {dtype} ({_library()}):")
+    return Explanation(choices, _heading(f"{type(obj).__name__} on {device} in {dtype}", choices))

@@ -22,6 +22,10 @@ from fastsae.backends import dispatch, native
 from fastsae.codes import SparseCodes
 
 
+def _wanted() -> list[str]:
+    return [name.strip() for name in os.environ.get("FASTSAE_TEST_BACKENDS", "").split(",") if name.strip()]
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to run every operator: a backend's name, for native code the instruction set, and where tensors are."""
@@ -39,12 +43,22 @@ class Backend:
         return {str(self), self.name, *(["cuda"] if self.device == "cuda" else [])}
 
     @property
+    def interpreted(self) -> bool:
+        """Whether this is Triton's interpreter, which takes a hundred times as long as the others."""
+        return self.name == "triton" and self.device == "cpu"
+
+    @property
+    def spared(self) -> bool:
+        """Whether costly tests leave it out: Triton's interpreter, unless FASTSAE_TEST_BACKENDS names it."""
+        return self.interpreted and "triton" not in _wanted()
+
+    @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """The floating dtypes that it computes in."""
+        """The floating dtypes that it computes in; where it is spared without float16, which goes as bfloat16 does."""
         if self.name == "cpu":
             return (torch.float32, torch.bfloat16)
         if self.name == "triton":
-            return (torch.float32, torch.bfloat16, torch.float16)
+            return (torch.float32, torch.bfloat16) if self.spared else (torch.float32, torch.bfloat16, torch.float16)
         return (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
     @contextlib.contextmanager
@@ -67,8 +81,8 @@ def backends() -> list[Backend]:
     """Every way to run an operator on this machine.
 
     Plain PyTorch, the native code with each instruction set, and, with a GPU, plain PyTorch and Triton there; without
-    one, Triton's interpreter if FASTSAE_TEST_BACKENDS names it and TRITON_INTERPRET=1. It picks some by name:
-    `torch`, `cpu` (all instruction sets), `cpu-avx2`, `triton` or `cuda` (all that runs on a GPU), separated by commas.
+    one, Triton's interpreter if TRITON_INTERPRET=1. FASTSAE_TEST_BACKENDS picks some by name: `torch`, `cpu` (all
+    instruction sets), `cpu-avx2`, `triton` or `cuda` (all that runs on a GPU), separated by commas.
     """
     known = [Backend("torch")]
     if native.cpu is not None:
@@ -76,11 +90,9 @@ def backends() -> list[Backend]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         known.append(Backend("torch", device=device))
-    wanted = [name.strip() for name in os.environ.get("FASTSAE_TEST_BACKENDS", "").split(",") if name.strip()]
-    triton = dispatch.BACKENDS["triton"].why_not("decode", torch.device(device), torch.float32) == ""
-    # The interpreter takes seconds for what others do in milliseconds: on a CPU it is there for the asking.
-    if triton and (device == "cuda" or "triton" in wanted):
+    if dispatch.BACKENDS["triton"].why_not("decode", torch.device(device), torch.float32) == "":
         known.append(Backend("triton", device=device))
+    wanted = _wanted()
     for name in wanted:
         if not any(name in backend._names for backend in known):
             raise ValueError(f"FASTSAE_TEST_BACKENDS names {name!r}: this machine has {', '.join(map(str, known))}")
@@ -231,13 +243,33 @@ def defined_preactivations(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec
 
 
 def defined_encode_topk(
-    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, relu_first: bool = False
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    k: int,
+    relu_first: bool = False,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """encode_topk of x [n_tokens, d_in] with w_enc [d_sae, d_in] as native code must return it, to the bit."""
     pre = defined_preactivations(x, w_enc, b_enc, b_dec)
-    pre = pre.relu() if relu_first else pre
-    values, indices = pre.sort(dim=1, descending=True, stable=True)
-    return values[:, :k].to(x.dtype), indices[:, :k].int()
+    rank = pre if scale is None else pre * scale.float()
+    if relu_first:
+        rank, pre = rank.relu(), pre.where(~(rank <= 0), 0)
+    indices = rank.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return pre.gather(1, indices).to(x.dtype), indices.int()
+
+
+def defined_encode_batch_topk(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k_total: int, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """encode_batch_topk of x [n_tokens, d_in] with w_enc [d_sae, d_in] as native code must return it, to the bit."""
+    pre = defined_preactivations(x, w_enc, b_enc, b_dec)
+    rank = (pre if scale is None else pre * scale.float()).reshape(-1)
+    candidates = [(-r, place) for place, r in enumerate(rank.tolist()) if 0 < r < math.inf]
+    kept = ~(rank < math.inf)
+    kept[[place for _, place in sorted(candidates)[:k_total]]] = True
+    return (pre.reshape(-1)[kept].to(x.dtype), *_places(kept.reshape(pre.shape)))
 
 
 def defined_encode_threshold(
@@ -246,6 +278,10 @@ def defined_encode_threshold(
     """encode_threshold of x [n_tokens, d_in] with w_enc [d_sae, d_in] as native code must return it, to the bit."""
     pre = defined_preactivations(x, w_enc, b_enc, b_dec)
     kept = ~(pre <= threshold.float())
+    return (pre[kept].to(x.dtype), *_places(kept))
+
+
+def _places(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and offsets of the entries of a mask [n_tokens, d_sae]."""
     counts = kept.sum(dim=1)
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return pre[kept].to(x.dtype), kept.nonzero()[:, 1].int(), offsets
+    return kept.nonzero()[:, 1].int(), torch.cat([counts.new_zeros(1), counts.cumsum(0)])

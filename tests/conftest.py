@@ -12,6 +12,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from cheap_interpreter import make_cheap
+
 from fastsae.backends import recycled
 from fastsae.testing import backend_dtypes, backends
 
@@ -19,6 +21,18 @@ from fastsae.testing import backend_dtypes, backends
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=60)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=500, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves what is marked `costly` out for Triton's interpreter; `make test-triton` runs it."""
+    spared = {str(backend) for backend in backends() if backend.spared}
+
+    def left_out(item):
+        names = item.callspec.id.split("-") if hasattr(item, "callspec") else []
+        return item.get_closest_marker("costly") is not None and not spared.isdisjoint(names)
+
+    config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
+    items[:] = [item for item in items if not left_out(item)]
 
 
 def _poisoned(allocate):
@@ -49,6 +63,12 @@ def _poisoned_allocations():
         for owner, name in allocators:
             patch.setattr(owner, name, _poisoned(getattr(owner, name)))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cheap_interpreter():
+    if any(backend.interpreted for backend in backends()):
+        make_cheap()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastsae
-from fastsae.backends import native
+from fastsae.backends import dispatch, native
 
 
 def test_tells_what_would_run():
@@ -23,6 +23,15 @@ def test_tells_what_ran():
         sae(torch.randn(3, 4))
         assert fastsae.explain().choices["decode"].backend == "torch"
         assert "asked for by fastsae.backend" in str(fastsae.explain())
+
+
+def test_tells_the_precision_of_triton(monkeypatch):
+    monkeypatch.setattr(dispatch, "_last", {"encode_topk": dispatch.Choice("triton", "")})
+    for setting, precision in (("highest", "ieee"), ("high", "tf32")):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda setting=setting: setting)
+        assert f"float32 products of Triton's encoders in {precision}" in str(fastsae.explain())
+    monkeypatch.setattr(dispatch, "_last", {"encode_topk": dispatch.Choice("cpu", "")})
+    assert "Triton" not in str(fastsae.explain())
 
 
 def test_override_ends_with_its_block():

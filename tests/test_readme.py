@@ -24,6 +24,11 @@ def test_the_table_is_what_the_record_gives(generator):
     assert generator.inserted(README, generator.table()) == README, "run python benchmarks/readme_table.py"
 
 
+def test_the_architectures_are_what_the_record_gives(generator):
+    block = generator.architectures()
+    assert generator.inserted(README, block, "architectures") == README, "run python benchmarks/readme_table.py"
+
+
 def test_every_figure_of_the_table_is_in_the_record(generator):
     record = generator.newest(generator.RESULTS)
     _, _, measurement = record
@@ -39,6 +44,7 @@ def test_every_figure_of_the_table_is_in_the_record(generator):
 
 def test_no_record_gives_no_figures(generator, tmp_path):
     assert generator.table(tmp_path) == "No measurement is recorded yet."
+    assert generator.architectures(tmp_path) == "No measurement is recorded yet."
 
 
 @pytest.mark.parametrize("text", ["", "<!-- bench:begin -->", "<!-- bench:end --><!-- bench:begin -->"])

@@ -138,6 +138,18 @@ def test_backends_by_name(monkeypatch):
     assert testing.backend_dtypes()[0] == (testing.Backend("torch"), torch.float64)
 
 
+def test_the_interpreter_is_spared_unless_it_is_named(monkeypatch):
+    interpreter = testing.Backend("triton")
+    for names, spared in (("", True), ("torch", True), ("torch, triton", False)):
+        monkeypatch.setenv("FASTSAE_TEST_BACKENDS", names)
+        assert interpreter.spared == spared
+        assert (torch.float16 in interpreter.dtypes) != spared
+    monkeypatch.setenv("FASTSAE_TEST_BACKENDS", "")
+    for other in (testing.Backend("torch"), testing.Backend("triton", device="cuda")):
+        assert not other.spared
+        assert torch.float16 in other.dtypes
+
+
 def test_poisoned_memory(backend):
     """tests/conftest.py fills what fastsae allocates, and nobody else's memory."""
     from fastsae.backends import torch as module

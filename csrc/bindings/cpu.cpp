@@ -87,7 +87,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "select_chunk",
       [](Address scores, int64_t stride, int dtype, int64_t n, int64_t f_begin, int64_t f_count,
-         Address b_enc, Address row_residual, Address row_norm, Address latent_norm,
+         Address b_enc, Address scale, Address row_residual, Address row_norm, Address latent_norm,
          Address latent_residual, float score_rounding, float absolute, int64_t k, Address lower,
          Address upper, Address indices, Address counts, Address thresholds, Address redo,
          int64_t capacity) {
@@ -98,19 +98,20 @@ PYBIND11_MODULE(_cpu, m) {
                                               score_rounding,
                                               absolute};
         fastsae::kernels().select_chunk(
-            matrix(scores, stride, dtype), n, f_begin, f_count, at<const float>(b_enc), bounds, k,
+            matrix(scores, stride, dtype), n, f_begin, f_count, at<const float>(b_enc),
+            at<const float>(scale), bounds, k,
             state(lower, upper, indices, counts, thresholds, redo, capacity));
       },
       release_gil());
   m.def(
       "select_finish",
       [](Address x, int64_t x_stride, int dtype, Address b_dec, Address w_enc, int64_t w_stride,
-         Address b_enc, int64_t n, int64_t d, int64_t d_sae, int64_t k, bool relu_first,
-         Address lower, Address upper, Address candidates, Address counts, Address thresholds,
-         Address redo, int64_t capacity, Address values, Address indices) {
+         Address b_enc, Address scale, int64_t n, int64_t d, int64_t d_sae, int64_t k,
+         bool relu_first, Address lower, Address upper, Address candidates, Address counts,
+         Address thresholds, Address redo, int64_t capacity, Address values, Address indices) {
         fastsae::kernels().select_finish(
             matrix(x, x_stride, dtype), at<const float>(b_dec), matrix(w_enc, w_stride, dtype),
-            at<const float>(b_enc), n, d, d_sae, k, relu_first,
+            at<const float>(b_enc), at<const float>(scale), n, d, d_sae, k, relu_first,
             state(lower, upper, candidates, counts, thresholds, redo, capacity), at<void>(values),
             at<int32_t>(indices));
       },

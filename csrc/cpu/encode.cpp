@@ -1,4 +1,5 @@
-// encode_topk: the k largest of pre[n, f] = <x_n - b_dec, w_f> + b_enc[f], exactly.
+// encode_topk: the k largest of pre[n, f] = <x_n - b_dec, w_f> + b_enc[f], exactly; with a scale
+// the k largest of fl(pre[n, f] scale[f]), whose values are still those of pre.
 //
 // Screen and rescore. A GEMM of any kind (its caller's choice) gives scores s for a chunk of
 // latents. With the bound e >= |s - pre| of docs/maths.md, pre lies in [s - e, s + e]; a latent
@@ -27,15 +28,27 @@ namespace {
 
 constexpr int64_t kMostFirstLatents = 1024;
 
+// The interval of pre * scale. Scaling rounds twice more, the middle here and the value itself.
+inline Interval scaled(const Interval& lanes, const RowBounds& row, F16 scale) {
+  const F16 pre = mul(lanes.pre, scale);
+  const F16 error = fma(mul(lanes.error, broadcast(1.0f + 0x1p-20f)), abs(scale), row.absolute);
+  return {pre, fma(row.bias_rounding, abs(pre), error)};
+}
+
 template <bool kBias, typename Score>
 void select_row(const Score* scores, int64_t n, int64_t f_begin, int64_t f_count,
-                const float* b_enc, const ScreenBounds& bounds, int64_t k,
+                const float* b_enc, const float* scale, const ScreenBounds& bounds, int64_t k,
                 const SelectionState& state) {
   Candidates c = candidates_of(state, n);
   const RowBounds row = bounds_of_row(bounds, n);
   const float* alpha = bounds.latent_norm;
   const float* beta = bounds.latent_residual;
   const float* bias = kBias ? b_enc + f_begin : nullptr;
+  if (scale) scale += f_begin;
+  const auto at = [&](int64_t f) {
+    const Interval lanes = interval<kBias>(row, scores + f, bias + f, alpha + f, beta + f);
+    return scale ? scaled(lanes, row, load(scale + f)) : lanes;
+  };
   int64_t limit = std::min(state.capacity, 2 * std::max(c.count, k) + 64);
   const auto visit = [&](const Interval& lanes, uint32_t valid, int64_t f) {
     const F16 upper = add(lanes.pre, lanes.error);
@@ -50,14 +63,12 @@ void select_row(const Score* scores, int64_t n, int64_t f_begin, int64_t f_count
     // below it.
     float lowers[kMostFirstLatents];
     const int64_t whole = f_count / kLanes * kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes)
-      store(lowers + i, lower_end(interval<kBias>(row, scores + i, bias + i, alpha + i, beta + i)));
+    for (int64_t i = 0; i < whole; i += kLanes) store(lowers + i, lower_end(at(i)));
     const float first =
         kth_largest_or_less(lowers, whole, k, -std::numeric_limits<float>::infinity());
     c.threshold = std::nextafter(first, -std::numeric_limits<float>::infinity());
   }
-  for (; fits && f + kLanes <= f_count; f += kLanes)
-    fits = visit(interval<kBias>(row, scores + f, bias + f, alpha + f, beta + f), 0xffffu, f);
+  for (; fits && f + kLanes <= f_count; f += kLanes) fits = visit(at(f), 0xffffu, f);
   if (fits && f < f_count) {
     const int64_t rest = f_count - f;
     Score last_scores[kLanes] = {};
@@ -68,8 +79,9 @@ void select_row(const Score* scores, int64_t n, int64_t f_begin, int64_t f_count
       last_alpha[l] = alpha[f + l];
       last_beta[l] = beta[f + l];
     }
-    fits = visit(interval<kBias>(row, last_scores, last_bias, last_alpha, last_beta),
-                 (1u << rest) - 1u, f);
+    Interval last = interval<kBias>(row, last_scores, last_bias, last_alpha, last_beta);
+    if (scale) last = scaled(last, row, load_partial(scale + f, rest));
+    fits = visit(last, (1u << rest) - 1u, f);
   }
   if (!fits) state.redo[n] = kOverflowed;
   state.counts[n] = static_cast<int32_t>(c.count);
@@ -104,43 +116,68 @@ void fill_with_zeros(const Key* keys, const Picks<T>& picks) {
   }
 }
 
+// What a row's latents are ranked by, and the products it takes.
 template <typename T>
-void write_best(Key* keys, int64_t count, const Picks<T>& picks) {
+struct Ranking {
+  const float* x;
+  const T* w;
+  int64_t stride;
+  int64_t d;
+  const float* b_enc;
+  const float* scale;
+
+  // Pre-activations of the latents index(0) to index(count - 1).
+  template <typename Index>
+  void preactivations(int64_t count, Index index, float* out) const {
+    gathered_dots(x, w, stride, d, count, index, out);
+    if (!b_enc) return;
+    for (int64_t j = 0; j < count; ++j) out[j] += b_enc[index(j)];
+  }
+  Key key(float pre, int32_t f) const { return make_key(scale ? pre * scale[f] : pre, f); }
+};
+
+// `scratch` has room for k.
+template <typename T>
+void write_best(const Ranking<T>& ranking, Key* keys, int64_t count, float* scratch,
+                const Picks<T>& picks) {
   std::partial_sort(keys, keys + picks.k, keys + count, Greater());
   for (int64_t j = 0; j < picks.k; ++j) {
     assign(picks.values[j], key_value(keys[j]));
     picks.indices[j] = key_index(keys[j]);
+  }
+  if (ranking.scale) {
+    // A key holds what was ranked; the few pre-activations are computed again.
+    ranking.preactivations(picks.k, [&](int64_t j) { return picks.indices[j]; }, scratch);
+    for (int64_t j = 0; j < picks.k; ++j) assign(picks.values[j], scratch[j]);
   }
   if (picks.relu_first) fill_with_zeros(keys, picks);
 }
 
 // Every latent by the defined dot product, keeping the best k of what has been seen.
 template <typename T>
-void select_row_exactly(const float* x, const T* w, int64_t stride, const float* b_enc, int64_t d,
-                        int64_t d_sae, Key* keys, int64_t room, const Picks<T>& picks) {
+void select_row_exactly(const Ranking<T>& ranking, int64_t d_sae, Key* keys, int64_t room,
+                        float* scratch, const Picks<T>& picks) {
   const int64_t k = picks.k;
   constexpr int64_t kBlock = 64;
   float dots[kBlock];
   int64_t count = 0;
   for (int64_t f = 0; f < d_sae; f += kBlock) {
     const int64_t block = std::min(kBlock, d_sae - f);
-    gathered_dots(x, w, stride, d, block, [f](int64_t j) { return f + j; }, dots);
+    ranking.preactivations(block, [f](int64_t j) { return f + j; }, dots);
     if (count + block > room) {
       std::nth_element(keys, keys + (k - 1), keys + count, Greater());
       count = k;
     }
     for (int64_t j = 0; j < block; ++j)
-      keys[count++] =
-          make_key(b_enc ? dots[j] + b_enc[f + j] : dots[j], static_cast<int32_t>(f + j));
+      keys[count++] = ranking.key(dots[j], static_cast<int32_t>(f + j));
   }
-  write_best(keys, count, picks);
+  write_best(ranking, keys, count, scratch, picks);
 }
 
 // The defined dot product of the candidates, first of k whose intervals lie highest; then, of the
 // others, only those that could still reach the least value found. Returns how many keys were made.
 template <typename T>
-int64_t rescore(Candidates& c, const float* x, const T* w, int64_t stride, const float* b_enc,
-                int64_t d, int64_t k, float* scratch, Key* keys) {
+int64_t rescore(Candidates& c, const Ranking<T>& ranking, int64_t k, float* scratch, Key* keys) {
   for (int64_t j = 0; j < c.count; ++j) scratch[j] = 0.5f * c.lower[j] + 0.5f * c.upper[j];
   const float high =
       kth_largest_or_less(scratch, c.count, k, -std::numeric_limits<float>::infinity());
@@ -153,12 +190,8 @@ int64_t rescore(Candidates& c, const float* x, const T* w, int64_t stride, const
     ++first;
   }
   const auto values_of = [&](int64_t begin, int64_t end) {
-    gathered_dots(
-        x, w, stride, d, end - begin, [&](int64_t j) { return c.index[begin + j]; }, scratch);
-    for (int64_t j = begin; j < end; ++j) {
-      const float dot = scratch[j - begin];
-      keys[j] = make_key(b_enc ? dot + b_enc[c.index[j]] : dot, c.index[j]);
-    }
+    ranking.preactivations(end - begin, [&](int64_t j) { return c.index[begin + j]; }, scratch);
+    for (int64_t j = begin; j < end; ++j) keys[j] = ranking.key(scratch[j - begin], c.index[j]);
   };
   values_of(0, first);
   if (first < k) {
@@ -179,8 +212,9 @@ int64_t rescore(Candidates& c, const float* x, const T* w, int64_t stride, const
 }
 
 template <typename T>
-void finish_rows(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc, int64_t n_rows,
-                 int64_t d, int64_t d_sae, const SelectionState& state, const Picks<T>& all) {
+void finish_rows(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc, const float* scale,
+                 int64_t n_rows, int64_t d, int64_t d_sae, const SelectionState& state,
+                 const Picks<T>& all) {
   const int64_t k = all.k;
   const T* w = static_cast<const T*>(w_enc.data);
   const int64_t room = std::max(state.capacity, 2 * k + 64);
@@ -193,11 +227,12 @@ void finish_rows(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc,
       if (state.redo[n] == kLeftOut) continue;
       load_row(static_cast<const T*>(x.data) + n * x.stride, b_dec, d, row.get());
       const Picks<T> picks = {all.values + n * k, all.indices + n * k, k, all.relu_first};
+      const Ranking<T> ranking = {row.get(), w, w_enc.stride, d, b_enc, scale};
       if (state.redo[n]) {
         bool nan = false;
         for (int64_t i = 0; i < d; ++i) nan |= row[i] != row[i];
         if (!nan) {
-          select_row_exactly(row.get(), w, w_enc.stride, b_enc, d, d_sae, keys.get(), room, picks);
+          select_row_exactly(ranking, d_sae, keys.get(), room, scratch.get(), picks);
           continue;
         }
         // Every product with this row is NaN: all latents tie, so the lowest indices win.
@@ -209,9 +244,8 @@ void finish_rows(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc,
       }
       Candidates c = candidates_of(state, n);
       prune(c, k);
-      const int64_t count =
-          rescore(c, row.get(), w, w_enc.stride, b_enc, d, k, scratch.get(), keys.get());
-      write_best(keys.get(), count, picks);
+      const int64_t count = rescore(c, ranking, k, scratch.get(), keys.get());
+      write_best(ranking, keys.get(), count, scratch.get(), picks);
     }
   }
 }
@@ -219,12 +253,13 @@ void finish_rows(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc,
 }  // namespace
 
 void select_chunk(Matrix scores, int64_t n_rows, int64_t f_begin, int64_t f_count,
-                  const float* b_enc, ScreenBounds bounds, int64_t k, SelectionState state) {
+                  const float* b_enc, const float* scale, ScreenBounds bounds, int64_t k,
+                  SelectionState state) {
   const auto select = [&](auto* row, int64_t n) {
     if (b_enc)
-      select_row<true>(row, n, f_begin, f_count, b_enc, bounds, k, state);
+      select_row<true>(row, n, f_begin, f_count, b_enc, scale, bounds, k, state);
     else
-      select_row<false>(row, n, f_begin, f_count, b_enc, bounds, k, state);
+      select_row<false>(row, n, f_begin, f_count, b_enc, scale, bounds, k, state);
   };
 #pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < n_rows; ++n) {
@@ -236,12 +271,13 @@ void select_chunk(Matrix scores, int64_t n_rows, int64_t f_begin, int64_t f_coun
   }
 }
 
-void select_finish(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc, int64_t n,
-                   int64_t d, int64_t d_sae, int64_t k, bool relu_first, SelectionState state,
-                   void* values, int32_t* indices) {
+void select_finish(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc,
+                   const float* scale, int64_t n, int64_t d, int64_t d_sae, int64_t k,
+                   bool relu_first, SelectionState state, void* values, int32_t* indices) {
   const auto finish = [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
-    finish_rows<T>(x, b_dec, w_enc, b_enc, n, d, d_sae, state, {typed, indices, k, relu_first});
+    finish_rows<T>(x, b_dec, w_enc, b_enc, scale, n, d, d_sae, state,
+                   {typed, indices, k, relu_first});
   };
   if (x.dtype == DType::float32)
     finish(static_cast<float*>(values));

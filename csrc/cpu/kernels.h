@@ -14,10 +14,11 @@ struct KernelTable {
   void (*pack_rows)(Matrix rows, const float* shift, int64_t n, int64_t d, void* packed,
                     DType packed_dtype, float* norm, float* residual_norm, uint8_t* not_finite);
   void (*select_chunk)(Matrix scores, int64_t n, int64_t f_begin, int64_t f_count,
-                       const float* b_enc, ScreenBounds bounds, int64_t k, SelectionState state);
-  void (*select_finish)(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc, int64_t n,
-                        int64_t d, int64_t d_sae, int64_t k, bool relu_first, SelectionState state,
-                        void* values, int32_t* indices);
+                       const float* b_enc, const float* scale, ScreenBounds bounds, int64_t k,
+                       SelectionState state);
+  void (*select_finish)(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc,
+                        const float* scale, int64_t n, int64_t d, int64_t d_sae, int64_t k,
+                        bool relu_first, SelectionState state, void* values, int32_t* indices);
   void (*threshold_chunk)(Matrix scores, int64_t n_rows, const ThresholdChunk& chunk);
   // Row n of a ragged array, counts[n] entries from from[n] on, goes to to[n].
   void (*move_rows)(const float* values, const int32_t* indices, const int64_t* from,

@@ -171,10 +171,11 @@ class Screen:
         b_dec: Tensor | None,
         k: int,
         relu_first: bool = False,
+        scale: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ):
         self.x, self.w_enc, self.b_enc, self.b_dec = x, w_enc, b_enc, b_dec
-        self.k, self.relu_first = k, relu_first
+        self.k, self.relu_first, self.scale = k, relu_first, scale
         self.dtype = dtype or screen_dtype()
         self.d_sae = w_enc.shape[0]
         self.exhaustive = self.d_sae < max(_FEWEST_LATENTS, _FEWEST_LATENTS_PER_PICK * k)
@@ -200,7 +201,14 @@ class Screen:
             self._finish(x, state, values[block], indices[block])
             if overflowed is not None:
                 again = Screen(
-                    x[overflowed], self.w_enc, self.b_enc, self.b_dec, self.k, self.relu_first, torch.float32
+                    x[overflowed],
+                    self.w_enc,
+                    self.b_enc,
+                    self.b_dec,
+                    self.k,
+                    self.relu_first,
+                    self.scale,
+                    torch.float32,
                 )
                 better = values.new_empty(len(overflowed), self.k), indices.new_empty(len(overflowed), self.k)
                 again.run(*better)
@@ -220,12 +228,12 @@ class Screen:
         for chunk in scored_chunks(rows, self.w_enc, pack_w, scores, self.dtype):
             native.cpu.select_chunk(
                 _address(chunk.scores), chunk.count, _DTYPES[self.dtype], x.shape[0], chunk.first, chunk.count,
-                _address(self.b_enc), *chunk.bounds(), self.k, *state.arguments(),
+                _address(self.b_enc), _address(self.scale), *chunk.bounds(), self.k, *state.arguments(),
             )  # fmt: skip
 
     def _finish(self, x: Tensor, state: _State, values: Tensor, indices: Tensor) -> None:
         native.cpu.select_finish(
             _address(x), x.stride(0), _DTYPES[x.dtype], _address(self.b_dec), _address(self.w_enc),
-            self.w_enc.stride(0), _address(self.b_enc), x.shape[0], x.shape[1], self.d_sae, self.k,
-            self.relu_first, *state.arguments(), _address(values), _address(indices),
+            self.w_enc.stride(0), _address(self.b_enc), _address(self.scale), x.shape[0], x.shape[1], self.d_sae,
+            self.k, self.relu_first, *state.arguments(), _address(values), _address(indices),
         )  # fmt: skip

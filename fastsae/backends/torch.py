@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastsae import reference
+from fastsae.backends.largest import LargestOfBatch
 from fastsae.reference.encode import preactivations
 from fastsae.reference.precision import tokens_of, widen
 
@@ -29,7 +30,13 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def encode_topk(
-    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, relu_first: bool
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    k: int,
+    relu_first: bool,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As reference.encode_topk, by blocks of rows and by selection where the reference sorts."""
     n_tokens, d_sae = x.shape[0], w_enc.shape[0]
@@ -39,8 +46,10 @@ def encode_topk(
     for start in range(0, n_tokens, rows):
         block = slice(start, start + rows)
         pre = preactivations(x[block], w_enc, b_enc, b_dec)
-        pre = pre.relu() if relu_first else pre
-        chosen = topk_indices(pre, k)
+        rank = pre if scale is None else pre * scale
+        if relu_first:
+            rank, pre = rank.relu(), pre.where(~(rank <= 0), 0)
+        chosen = topk_indices(rank, k)
         values[block] = pre.gather(1, chosen).to(x.dtype)
         indices[block] = chosen.int()
     return values, indices
@@ -58,6 +67,38 @@ def encode_threshold(
     values, indices, offsets = zip(*blocks, strict=True)
     counts = torch.cat([part.diff() for part in offsets])
     return torch.cat(values), torch.cat(indices), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def encode_groupmax(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int
+) -> tuple[Tensor, Tensor]:
+    """As reference.encode_groupmax, by blocks of rows and with one product for all groups."""
+    n_tokens, d_sae = x.shape[0], w_enc.shape[0]
+    values = x.new_empty(n_tokens, k)
+    indices = torch.empty(n_tokens, k, dtype=torch.int32, device=x.device)
+    first = torch.arange(k, device=x.device) * (d_sae // k)
+    rows = max(1, _BLOCK_ELEMENTS // d_sae)
+    for start in range(0, n_tokens, rows):
+        block = slice(start, start + rows)
+        groups = preactivations(x[block], w_enc, b_enc, b_dec).relu().unflatten(1, (k, -1))
+        best = topk_indices(groups.flatten(0, 1), 1).reshape(-1, k)
+        values[block] = groups.gather(2, best[..., None])[..., 0].to(x.dtype)
+        indices[block] = (best + first).int()
+    return values, indices
+
+
+def encode_batch_topk(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k_total: int, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As reference.encode_batch_topk, by blocks of rows, dropping what cannot be among the largest any more."""
+    rows = max(1, _BLOCK_ELEMENTS // w_enc.shape[0])
+    largest = LargestOfBatch(k_total)
+    for start in range(0, x.shape[0], rows):
+        pre = preactivations(x[start : start + rows], w_enc, b_enc, b_dec)
+        rank = pre if scale is None else pre * scale
+        tokens, latents = (~(rank <= largest.floor)).nonzero(as_tuple=True)
+        largest.add((tokens + start).int(), latents.int(), pre[tokens, latents], rank[tokens, latents])
+    return largest.result(x)
 
 
 def topk_indices(pre: Tensor, k: int) -> Tensor:

@@ -24,7 +24,7 @@ from fastsae.bench.shapes import Shape
 
 # Gradients and optimizer state exist after the first step; the second finds the allocator as later ones do.
 _WARM_UP_STEPS = 2
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+CHILD_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 class Unmeasured(RuntimeError):
@@ -48,7 +48,7 @@ def peak_memory(
     }
     child = subprocess.run(
         [sys.executable, "-m", "fastsae.bench.memory", json.dumps(task)],
-        env=os.environ | _ENVIRONMENT,
+        env=os.environ | CHILD_ENVIRONMENT,
         capture_output=True,
         text=True,
     )

@@ -17,6 +17,10 @@ def bench(
     ] = None,
     shape: Annotated[list[str] | None, typer.Option(help="Registered shape; repeatable. Default: gpt2-small.")] = None,
     list_shapes: Annotated[bool, typer.Option("--list", help="List the registered shapes and stop.")] = False,
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(help="Architecture whose step is timed beside its own dense step (all: every one); repeatable."),
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of a batch, instead of the shape's.")] = None,
     k: Annotated[int | None, typer.Option(help="Latents a token, instead of the shape's.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
@@ -43,6 +47,9 @@ def bench(
         report.list_shapes(console)
         return
     try:
+        if arch:
+            _bench_architectures(arch, shape, tokens, k, repeats, threads, quick, memory, out, json, console)
+            return
         if results:
             _plot_files(results, plot)
             return
@@ -67,16 +74,48 @@ def bench(
             _plot_files([out], plot)
 
 
-def _measure(shape, tokens, k, dtype, inputs, device, repeats, threads, quick, memory):
-    import torch
+def _bench_architectures(arch, shape, tokens, k, repeats, threads, quick, memory, out, as_json, console):
     from rich.console import Console
 
-    from fastsae.bench import get_shape, run, shapes
+    from fastsae.bench import architectures, architectures_result, get_shape, shapes
+
+    _set_threads(threads)
+    names = shape or [shapes.DEFAULT]
+    if len(names) > 1:
+        raise ValueError(f"--shape {' --shape '.join(names)} with --arch: expected one")
+    size = get_shape(names[0], n_tokens=tokens, k=k)
+    if quick and tokens is None:
+        size = replace(size, n_tokens=min(size.n_tokens, _QUICK_TOKENS))
+    rounds = repeats if repeats is not None else _QUICK_ROUNDS if quick else 7
+    chosen = list(architectures.VARIANTS) if "all" in arch else arch
+    with Console(stderr=True).status("starting") as status:
+        result = architectures.run(chosen, size, rounds=rounds, memory=memory, progress=status.update)
+    if as_json:
+        typer.echo(architectures_result.to_json(result), nl=False)
+    else:
+        architectures_result.show(result, console)
+    if not result.green:
+        raise typer.Exit(1)
+    if out is not None:
+        architectures_result.save(result, out)
+        typer.echo(f"wrote {out}", err=True)
+
+
+def _set_threads(threads):
+    import torch
 
     if threads is not None:
         if threads < 1:
             raise ValueError(f"--threads {threads}: expected at least 1")
         torch.set_num_threads(threads)
+
+
+def _measure(shape, tokens, k, dtype, inputs, device, repeats, threads, quick, memory):
+    from rich.console import Console
+
+    from fastsae.bench import get_shape, run, shapes
+
+    _set_threads(threads)
     chosen = [get_shape(name, n_tokens=tokens, k=k) for name in shape or [shapes.DEFAULT]]
     if quick and tokens is None:
         chosen = [replace(size, n_tokens=min(size.n_tokens, _QUICK_TOKENS)) for size in chosen]

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastsae.saes import SAE
 
-Activations = Tensor | Iterable[Tensor]
+Batch = Tensor | tuple[Tensor, Tensor]
+Activations = Batch | Iterable[Batch]
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,20 @@ class SAEMetrics:
 def evaluate(sae: SAE, activations: Activations) -> SAEMetrics:
     """Every metric of an SAE on raw activations: one tensor [..., d_in], or an iterable of them.
 
+    A transcoder wants pairs (activations, targets), and what it explains is the targets' variance. The SAE is in
+    evaluation mode meanwhile.
+
     Sums are float64. A NaN or infinite activation makes `explained_variance` NaN; it is NaN as well where the
     activations do not vary. Raises ValueError when there is no activation.
     """
-    sums = _Sums(sae)
-    for x in [activations] if isinstance(activations, Tensor) else activations:
-        sums.add(x.reshape(-1, x.shape[-1]))
+    sums, was_training = _Sums(sae), sae.training
+    sae.eval()
+    try:
+        one = isinstance(activations, Tensor) or (sae.is_transcoder and isinstance(activations, tuple))
+        for batch in [activations] if one else activations:
+            sums.add(*([batch] if isinstance(batch, Tensor) else batch))
+    finally:
+        sae.train(was_training)
     return sums.result()
 
 
@@ -78,20 +87,27 @@ class _Sums:
         self.n_tokens = 0
         self.squared_error = torch.zeros((), dtype=torch.float64, device=sae.device)
         self.squared = torch.zeros_like(self.squared_error)
-        self.sum = torch.zeros(sae.d_in, dtype=torch.float64, device=sae.device)
+        self.sum = torch.zeros(sae.W_dec.shape[1], dtype=torch.float64, device=sae.device)
         self.shift: Tensor | None = None
         self.feature_counts = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
 
-    def add(self, x: Tensor) -> None:
-        if len(x) == 0:
+    def add(self, x: Tensor, target: Tensor | None = None) -> None:
+        if self.sae.is_transcoder != (target is not None):
+            wanted = "pairs (activations, targets)" if target is None else "activations alone"
+            raise ValueError(
+                f"activations of a {type(self.sae).__name__} with d_out = {self.sae.d_out}: expected {wanted}"
+            )
+        if x.numel() == 0:
             return
         out = self.sae(x)
-        exact = x.double()
+        reconstruction, exact = (
+            t.double().reshape(-1, self.sum.numel()) for t in (out.sae_out, x if target is None else target)
+        )
         if self.shift is None:
             self.shift = exact.mean(dim=0)
         shifted = exact - self.shift
-        self.n_tokens += len(x)
-        self.squared_error += (out.sae_out.double() - exact).square().sum()
+        self.n_tokens += len(exact)
+        self.squared_error += (reconstruction - exact).square().sum()
         self.squared += shifted.square().sum()
         self.sum += shifted.sum(dim=0)
         self.feature_counts += out.codes.feature_counts()

@@ -16,25 +16,32 @@ def define(
     *,
     by: str,
     fake: Callable,
+    kernel: Callable | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> Callable:
     """Declares torch.ops.fastsae.<name>; the tensor argument called `by` decides device and dtype.
 
-    Autograd is registered where `backward` is given.
+    Autograd is registered where `backward` is given. An operator made of others is one `kernel` for every backend.
     """
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     position = [argument.split()[-1] for argument in schema[1:].split(")")[0].split(", ")].index(by)
 
-    def kernel(*args):
+    def call(*args):
+        tensor: Tensor = args[position]
+        if kernel is not None:
+            return kernel(*args)
+        return dispatch.call(name, tensor.device, tensor.dtype, *args)
+
+    def run(*args):
         tensor: Tensor = args[position]
         if torch.is_autocast_enabled(tensor.device.type):
             # A kernel's own products are in the precision its contract states.
             with torch.autocast(tensor.device.type, enabled=False):
-                return dispatch.call(name, tensor.device, tensor.dtype, *args)
-        return dispatch.call(name, tensor.device, tensor.dtype, *args)
+                return call(*args)
+        return call(*args)
 
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastsae::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"fastsae::{name}", backward, setup_context=setup_context, lib=_library)

@@ -4,12 +4,8 @@ import torch
 from torch import Tensor
 
 from fastsae.codes import SparseCodes
-from fastsae.ops import _check
+from fastsae.ops import _check, _encoder
 from fastsae.ops._library import define
-from fastsae.ops.accumulate_rows import accumulate_rows_op
-from fastsae.ops.decode import decode_op
-from fastsae.ops.encode import check_encoder, sum_of_rows
-from fastsae.ops.transpose import transposed
 
 
 def _fake(x, w_enc, b_enc, b_dec, threshold):
@@ -22,30 +18,8 @@ def _fake(x, w_enc, b_enc, b_dec, threshold):
 
 
 def _setup_context(ctx, inputs, output):
-    x, w_enc, b_enc, b_dec, _ = inputs
     _, indices, offsets = output
-    ctx.has_b_enc = b_enc is not None
-    ctx.save_for_backward(x, w_enc, b_dec, indices, offsets)
-
-
-def _backward(ctx, g, *_):
-    x, w_enc, b_dec, indices, offsets = ctx.saved_tensors
-    needs_x, needs_w, needs_b_enc, needs_b_dec = ctx.needs_input_grad[:4]
-    grad_x = grad_w = grad_b_enc = grad_b_dec = None
-    if needs_w or needs_b_enc or needs_b_dec:
-        latent_major = transposed(indices, offsets, w_enc.shape[0])
-        grad_w, grad_b_enc = accumulate_rows_op(g, *latent_major, x, b_dec, None)
-    if needs_x:
-        grad_x = decode_op(g, indices, offsets, w_enc, None)
-    if needs_b_dec:
-        grad_b_dec = -sum_of_rows(grad_b_enc, w_enc)
-    return (
-        grad_x,
-        grad_w if needs_w else None,
-        grad_b_enc if needs_b_enc and ctx.has_b_enc else None,
-        grad_b_dec,
-        None,
-    )
+    _encoder.save_for_backward(ctx, inputs, indices, offsets, None)
 
 
 encode_threshold_op = define(
@@ -54,7 +28,7 @@ encode_threshold_op = define(
     by="x",
     fake=_fake,
     setup_context=_setup_context,
-    backward=_backward,
+    backward=_encoder.backward,
 )
 
 
@@ -92,7 +66,7 @@ def encode_threshold(
     Source: Rajamanoharan et al. 2024, "Jumping Ahead: Improving Reconstruction Fidelity with JumpReLU Sparse
     Autoencoders".
     """
-    d_sae = check_encoder(x, W_enc, b_enc, b_dec)
+    d_sae = _encoder.check_encoder(x, W_enc, b_enc, b_dec)
     if isinstance(threshold, Tensor) and threshold.dim():
         _check.floating("threshold", threshold)
         _check.shape("threshold", threshold, (d_sae,), f"[{d_sae}]")

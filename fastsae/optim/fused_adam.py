@@ -7,22 +7,23 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from fastsae.ops import Slot, fused_update, normalize_rows_
-from fastsae.saes import SAELoss, TopKSAE
+from fastsae.saes import SAE, SAELoss, TopKSAE
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """torch.optim.Adam for a TopKSAE, with the backward inside: `opt.step(x)` replaces loss, backward and step.
+    """torch.optim.Adam for an SAE, with the backward inside: `opt.step(x)` replaces loss, backward and step.
 
         loss = opt.step(x)          # the same loss, and the same update up to rounding, as
                                     # loss = sae.loss(x); loss.total.backward(); adam.step() with the decoder hooks
 
-    The gradients of W_enc, b_enc and W_dec are made latent by latent and used at once (`fastsae.ops.fused_update`). A
-    step in which AuxK acts takes autograd's way, with the same Adam state. The decoder's projection and normalisation
+    The gradients of a TopKSAE's W_enc, b_enc and W_dec are made latent by latent and used at once
+    (`fastsae.ops.fused_update`). A step in which AuxK acts, a TopKSAE with a skip connection or Multi-TopK, and other
+    architectures take autograd's way, with the same Adam state. The decoder's projection and normalisation
     are part of the step: do not also register `sae.register_optimizer_hooks`. State, `state_dict` and learning-rate
     schedulers are those of torch.optim.Adam, so a run may change from one to the other.
 
     Args:
-        sae: a fastsae.TopKSAE in its usual memory layout (W_enc.T contiguous).
+        sae: any SAE of fastsae, in its usual memory layout (W_enc.T contiguous).
         lr, betas, eps, weight_decay: as torch.optim.Adam.
         master_weights: for an SAE in bfloat16 or float16, keep float32 weights and moments in the state ("master"
             beside "exp_avg" and "exp_avg_sq"): steps too small for the parameter's 8 or 11 bits then add up instead of
@@ -37,15 +38,15 @@ class FusedAdam(torch.optim.Optimizer):
 
     def __init__(
         self,
-        sae: TopKSAE,
+        sae: SAE,
         lr: float = 2e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         master_weights: bool = False,
     ):
-        if not isinstance(sae, TopKSAE):
-            raise TypeError(f"sae is a {type(sae).__name__}: expected a fastsae.TopKSAE")
+        if not isinstance(sae, SAE):
+            raise TypeError(f"sae is a {type(sae).__name__}: expected an SAE of fastsae")
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(
                 f"lr = {lr}, betas = {betas}, eps = {eps}, weight_decay = {weight_decay}: expected lr, eps and "
@@ -97,13 +98,16 @@ class FusedAdam(torch.optim.Optimizer):
                     self.state[parameter][key] = kept.copy_(value)
         self._versions.clear()
 
-    def step(self, x: Tensor) -> SAELoss:
-        """One training step on activations [..., d_in]; returns the loss before the update, detached."""
+    def step(self, x: Tensor, target: Tensor | None = None) -> SAELoss:
+        """One training step on activations [..., d_in], of a transcoder with its target [..., d_out].
+
+        Returns the loss before the update.
+        """
         sae = self._sae
-        if sae.auxk_will_act(x):
-            return self._step_by_autograd(x)
+        if not isinstance(sae, TopKSAE) or not sae.gradients_by_formula or sae.auxk_will_act(x):
+            return self._step_by_autograd(x, target)
         group: dict[str, Any] = self.param_groups[0]
-        loss, parts = sae.loss_with_gradients(x)
+        loss, parts = sae.loss_with_gradients(x, target)
         slots = {name: self._slot(p) for name, p in sae.named_parameters()}
         for parameter in sae.parameters():
             self.state[parameter]["step"] += 1
@@ -129,11 +133,11 @@ class FusedAdam(torch.optim.Optimizer):
         self._remember_versions()
         return loss
 
-    def _step_by_autograd(self, x: Tensor) -> SAELoss:
+    def _step_by_autograd(self, x: Tensor, target: Tensor | None) -> SAELoss:
         sae = self._sae
         parameters = dict(sae.named_parameters())
         with torch.enable_grad():
-            loss = sae.loss(x)
+            loss = sae.loss(x, target)
             loss.total.backward()
         sae.project_decoder_grad_()
         slots = {name: self._slot(parameter) for name, parameter in parameters.items()}

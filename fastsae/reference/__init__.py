@@ -8,8 +8,11 @@ as they are. Codes come as `values` and `indices`, either [n_tokens, k] with `of
 from fastsae.reference.accumulate_rows import accumulate_rows
 from fastsae.reference.decode import decode
 from fastsae.reference.encode import encode_topk
+from fastsae.reference.encode_batch_topk import encode_batch_topk
+from fastsae.reference.encode_groupmax import encode_groupmax
 from fastsae.reference.encode_threshold import encode_threshold
 from fastsae.reference.fused_update import fused_update
+from fastsae.reference.nested_errors import nested_errors
 from fastsae.reference.sampled_dot import sampled_dot
 from fastsae.reference.squared_error import squared_error
 from fastsae.reference.transpose import transpose
@@ -18,9 +21,12 @@ from fastsae.reference.unit_rows import normalize_rows_, project_rows_
 __all__ = [
     "accumulate_rows",
     "decode",
+    "encode_batch_topk",
+    "encode_groupmax",
     "encode_threshold",
     "encode_topk",
     "fused_update",
+    "nested_errors",
     "normalize_rows_",
     "project_rows_",
     "sampled_dot",

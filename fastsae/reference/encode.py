@@ -13,15 +13,24 @@ def preactivations(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor
 
 
 def encode_topk(
-    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, relu_first: bool
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    k: int,
+    relu_first: bool,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k largest pre-activations of each row, larger first, ties by the lower index, NaN above all.
 
     x [n_tokens, d_in], w_enc [d_sae, d_in] -> values [n_tokens, k], indices int32 [n_tokens, k].
-    With `relu_first` the selection is among relu(pre), and relu(pre) is what is returned.
+    With `relu_first` the selection is among relu(pre), and relu(pre) is what is returned. With a scale [d_sae] they
+    are ranked by pre · scale.
     """
     pre = preactivations(x, w_enc, b_enc, b_dec)
+    rank = pre if scale is None else pre * scale.to(pre.dtype)
     if relu_first:
-        pre = pre.relu()
-    values, indices = pre.sort(dim=1, descending=True, stable=True)
-    return values[:, :k].to(x.dtype), indices[:, :k].int()
+        # What the scale makes zero counts as zero.
+        rank, pre = rank.relu(), pre.where(~(rank <= 0), 0)
+    indices = rank.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return pre.gather(1, indices).to(x.dtype), indices.int()

@@ -1,46 +1,62 @@
-"""What every SAE shares: parameters and their memory, input checks, normalisation, firing counts, files."""
+"""What every SAE shares: parameters and their memory, input checks, normalisation, the frame of a loss, files."""
 
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from fastsae.codes import SparseCodes
-from fastsae.ops import decode, normalize_rows_, project_rows_
+from fastsae.ops import decode, normalize_rows_, project_rows_, squared_error
 from fastsae.saes import files, normalization
 from fastsae.saes.age import AgeBound
+from fastsae.saes.decoder_norms import with_norms
 from fastsae.saes.initialization import SCHEMES, geometric_median, initialize
+from fastsae.saes.inputs import HasInputs
+from fastsae.saes.loss import RECONSTRUCTIONS, Penalty, Reconstruction, SAELoss, objective_of, variance
+from fastsae.saes.options import flag, one_of, size
 
 
 class SAEOutput(NamedTuple):
     """What `sae(x)` returns."""
 
-    sae_out: Tensor  # the reconstruction, [..., d_in]
+    sae_out: Tensor  # the reconstruction, [..., d_out]
     codes: SparseCodes
 
 
-@dataclass
-class SAELoss:
-    """A loss and its named parts, 0-dimensional tensors; `total` is the one to call backward on.
+class Weights(NamedTuple):
+    """The weights as one loss uses them: each through one node of autograd's graph."""
 
-    total: what training minimises.
-    mse: mean over tokens of ‖x̂ - x‖² (summed over d_in), in the normalised space that is encoded.
-    fvu: fraction of variance unexplained, Σ‖x̂ - x‖² / Σ‖x - mean(x)‖²; 1 - fvu is the explained variance.
-    auxk: FVU of the residual under the dead latents alone; 0 when none is dead.
-    codes: what the batch was encoded to.
-    """
+    # W_enc.T, once for all its uses: autograd then meets their gradients before it transposes, where the sparse rows of
+    # an auxiliary loss can still be added to the dense ones.
+    encoder_rows: Tensor
+    W_dec: Tensor
+    # [d_sae], where the architecture weighs its penalties by them.
+    decoder_norms: Tensor | None
 
-    total: Tensor
-    mse: Tensor
-    fvu: Tensor
-    auxk: Tensor
+
+class Active(NamedTuple):
+    """What a loss knows of its latents; `codes` are the activations that are decoded."""
+
     codes: SparseCodes
+    extra: Any = None  # what the architecture's penalties need beside them
 
-    def parts(self) -> dict[str, Tensor]:
-        """Every term by name, without the codes."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "codes"}
+
+class SAEOptions(TypedDict, total=False):
+    """The options that every architecture passes on to SAE, which explains them."""
+
+    d_out: int | None
+    skip: bool
+    sites: int | None
+    sites_out: int | None
+    apply_b_dec_to_input: bool | None
+    normalize_decoder: bool
+    normalize_activations: str
+    init: str
+    reconstruction: str
+    dead_after_tokens: int
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 def feature_major(d_in: int, d_sae: int, **kwargs: Any) -> nn.Parameter:
@@ -49,79 +65,146 @@ def feature_major(d_in: int, d_sae: int, **kwargs: Any) -> nn.Parameter:
 
 
 class SAE(
-    nn.Module,
+    HasInputs,
     ModelHubMixin,
     library_name="fastsae",
     tags=["sparse-autoencoder", "interpretability"],
     repo_url="https://github.com/fastsae/fastsae",
 ):
-    """Parameters W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], and the work around them.
+    """Parameters W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out], and the work around them.
 
     Both weights are feature-major in memory: W_enc.T and W_dec are contiguous.
+
+    A transcoder (Dunefsky, Chlenski, Nanda 2024) is any SAE with `d_out`: it reconstructs a target other than its
+    input, `sae.loss(x, target)`. A crosscoder (Lindsey et al. 2024) is any SAE with `sites`: it reads several layers or
+    models at once, x [..., sites, d_in], into one set of codes, and writes them all (or `sites_out` of d_out).
 
     Args:
         d_in: width of an activation.
         d_sae: number of latents.
-        apply_b_dec_to_input: subtract b_dec from x before encoding.
+        d_out: width of the target; None where the target is the input.
+        skip: a transcoder's linear path around the latents, W_skip [d_out, d_in] from zero (Paulo, Shabalin, Belrose
+            2025, "Transcoders Beat Sparse Autoencoders for Interpretability").
+        sites: number of layers or models whose activations are encoded together; None for activations [..., d_in].
+        sites_out: the same of the target of a transcoder.
+        apply_b_dec_to_input: subtract b_dec from x before encoding; None is True unless the target is another one.
         normalize_decoder: keep the rows of W_dec at unit norm (see `register_optimizer_hooks`).
         normalize_activations: "none", "scalar" (times `activation_scale`) or "layer_norm".
         init: "openai" or "anthropic" (see fastsae.saes.initialization).
+        reconstruction: what the loss counts of the error: "fvu", "mse" (summed over d_out, mean over tokens) or
+            "mse_mean" (mean over both).
+        dead_after_tokens: a latent that has not fired for so many tokens is dead (10 million in Gao et al. 2024).
         device, dtype: of the parameters.
+
+    Attributes:
+        sparsity_scale: a number that multiplies the sparsity coefficients; schedules that warm them up set it.
 
     Raises ValueError or TypeError for an argument out of its range.
     """
 
     architecture: str
+    # Whether penalties are weighed by the norms of decoder rows.
+    _weighs_by_norms = False
+    # Tensors that keep their dtype when the module is cast: their digits matter more than their size.
+    _kept_dtypes: ClassVar[dict[str, torch.dtype]] = {"activation_scale": torch.float32, "target_scale": torch.float32}
 
     def __init__(
         self,
         d_in: int,
         d_sae: int,
         *,
-        apply_b_dec_to_input: bool = True,
+        d_out: int | None = None,
+        skip: bool = False,
+        sites: int | None = None,
+        sites_out: int | None = None,
+        apply_b_dec_to_input: bool | None = None,
         normalize_decoder: bool = True,
         normalize_activations: str = "none",
         init: str = "openai",
+        reconstruction: str = "mse",
+        dead_after_tokens: int = 10_000_000,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, size in (("d_in", d_in), ("d_sae", d_sae)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} = {size!r}: expected an int of at least 1")
-        _one_of("normalize_activations", normalize_activations, normalization.MODES)
-        _one_of("init", init, SCHEMES)
+        for name, value in (("d_in", d_in), ("d_sae", d_sae)):
+            size(name, value)
+        for name, value in (("d_out", d_out), ("sites", sites), ("sites_out", sites_out)):
+            if value is not None:
+                size(name, value)
+        for name, value in (("skip", skip), ("normalize_decoder", normalize_decoder)):
+            flag(name, value)
+        one_of("normalize_activations", normalize_activations, normalization.MODES)
+        one_of("init", init, SCHEMES)
+        one_of("reconstruction", reconstruction, RECONSTRUCTIONS)
+        size("dead_after_tokens", dead_after_tokens)
         if init == "anthropic" and normalize_decoder:
             raise ValueError(
                 "init='anthropic' starts decoder rows at norm 0.1, normalize_decoder=True keeps them at 1: "
                 "expected one of them; pass normalize_decoder=False"
             )
-        self.d_in, self.d_sae = d_in, d_sae
+        self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in if d_out is None else d_out
+        self.sites, self.sites_out = sites, sites if d_out is None else sites_out
+        self.is_transcoder = d_out is not None
+        if sites_out is not None and not self.is_transcoder:
+            raise ValueError(f"sites_out = {sites_out} without d_out: expected both, or `sites` alone")
+        if skip and not self.is_transcoder:
+            raise ValueError("skip = True without d_out: expected a transcoder; pass d_out, the width of its target")
+        if apply_b_dec_to_input is None:
+            apply_b_dec_to_input = not self.is_transcoder
+        flag("apply_b_dec_to_input", apply_b_dec_to_input)
+        if apply_b_dec_to_input and self.is_transcoder:
+            raise ValueError(
+                "apply_b_dec_to_input = True with d_out: expected False, as b_dec is a bias of the target and not of x"
+            )
+        if normalize_activations == "layer_norm" and (self.is_transcoder or sites):
+            raise ValueError(
+                "normalize_activations = 'layer_norm' with d_out or sites: expected 'none' or 'scalar', since the "
+                "statistics that undo it are those of one input"
+            )
+        self.skip = skip
         self.apply_b_dec_to_input = apply_b_dec_to_input
         self.normalize_decoder = normalize_decoder
         self.normalize_activations = normalize_activations
         self.init = init
+        self.reconstruction = reconstruction
+        self.dead_after_tokens = dead_after_tokens
+        self.sparsity_scale = 1.0
         kind = {"device": device, "dtype": dtype}
-        self.W_enc = feature_major(d_in, d_sae, **kind)
+        width_in, width_out = d_in * (sites or 1), self.d_out * (self.sites_out or 1)
+        self.W_enc = feature_major(width_in, d_sae, **kind)
         self.b_enc = nn.Parameter(torch.zeros(d_sae, **kind))
-        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in, **kind))
-        self.b_dec = nn.Parameter(torch.zeros(d_in, **kind))
-        self.register_buffer("activation_scale", torch.ones((), device=device, dtype=torch.float32))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, width_out, **kind))
+        self.b_dec = nn.Parameter(torch.zeros(width_out, **kind))
+        if skip:
+            self.W_skip = nn.Parameter(torch.zeros(width_out, width_in, **kind))
+        for name, count, wanted in (
+            ("activation_scale", sites, True),
+            ("target_scale", sites_out, self.is_transcoder),
+        ):
+            if wanted:
+                shape = () if count is None else (count,)
+                self.register_buffer(name, torch.ones(shape, device=device, dtype=torch.float32))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, device=device, dtype=torch.int64))
         self._oldest = AgeBound()
         if not self.W_dec.is_meta:
-            initialize(self.W_enc, self.W_dec, init)
+            initialize(self.W_enc, self.W_dec, init, tied=not self.is_transcoder)
 
     # What a file records beside the tensors; the arguments that build the same module again.
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON can hold them."""
+        transcoder = {"d_out": self.d_out, "skip": self.skip, "sites_out": self.sites_out} if self.is_transcoder else {}
         return {
             "d_in": self.d_in,
             "d_sae": self.d_sae,
+            **transcoder,
+            **({} if self.sites is None else {"sites": self.sites}),
             "apply_b_dec_to_input": self.apply_b_dec_to_input,
             "normalize_decoder": self.normalize_decoder,
             "normalize_activations": self.normalize_activations,
             "init": self.init,
+            "reconstruction": self.reconstruction,
+            "dead_after_tokens": self.dead_after_tokens,
         }
 
     @property
@@ -132,17 +215,13 @@ class SAE(
     def device(self) -> torch.device:
         return self.W_dec.device
 
-    def _checked(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"x is {getattr(x, 'dtype', type(x))}: expected a floating tensor [..., {self.d_in}]")
-        if x.dim() == 0 or x.shape[-1] != self.d_in:
-            raise ValueError(f"x has shape {tuple(x.shape)}: expected [..., d_in] with d_in = {self.d_in}")
-        if x.device != self.device:
-            raise ValueError(f"x is on {x.device} and the SAE on {self.device}: move one to the other")
-        return x.to(self.dtype)
-
-    def _normalized(self, x: Tensor) -> normalization.Normalized:
-        return normalization.normalize(self._checked(x), self.normalize_activations, self.activation_scale)
+    def _apply(self, fn, *args: Any, **kwargs: Any) -> "SAE":
+        super()._apply(fn, *args, **kwargs)
+        for name, dtype in self._kept_dtypes.items():
+            tensor = getattr(self, name, None)
+            if tensor is not None and tensor.dtype != dtype:
+                tensor.data = tensor.data.to(dtype)
+        return self
 
     def encode(self, x: Tensor) -> SparseCodes:
         """Activations [..., d_in] -> their codes over d_sae latents. x is cast to the SAE's dtype."""
@@ -154,19 +233,75 @@ class SAE(
     def _encode_normalized(self, x: Tensor) -> SparseCodes:
         raise NotImplementedError
 
-    def decode(self, codes: SparseCodes) -> Tensor:
-        """Codes -> reconstruction [..., d_in], on the scale of the activations that were encoded."""
+    def decode(self, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
+        """Codes -> reconstruction [..., d_out], on the scale of the activations (or the target) it reconstructs.
+
+        A transcoder with a skip connection also needs the x that was encoded.
+        """
         y = decode(codes, self.W_dec, self.b_dec)
-        return normalization.denormalize(y, self.normalize_activations, self.activation_scale, codes.input_statistics)
+        if self.skip:
+            if x is None:
+                raise ValueError("x is missing: expected decode(codes, x) of an SAE with skip=True")
+            y = y + self._normalized(x).x @ self.W_skip.T
+        scale = self.target_scale if self.is_transcoder else self.activation_scale
+        if self.sites_out is not None:
+            y, scale = y.unflatten(-1, (self.sites_out, self.d_out)), scale[:, None]
+        return normalization.denormalize(y, self.normalize_activations, scale, codes.input_statistics)
 
     def forward(self, x: Tensor) -> SAEOutput:
-        """Encodes and decodes: SAEOutput(sae_out [..., d_in], codes)."""
+        """Encodes and decodes: SAEOutput(sae_out [..., d_out], codes)."""
         codes = self.encode(x)
-        return SAEOutput(self.decode(codes), codes)
+        return SAEOutput(self.decode(codes, x), codes)
 
-    def loss(self, x: Tensor) -> SAELoss:
-        """The training loss of a batch [..., d_in]; in training mode it also counts which latents fired."""
+    def loss(self, x: Tensor, target: Tensor | None = None) -> SAELoss:
+        """The training loss of a batch [..., d_in], in the normalised space that is encoded.
+
+        `target` [..., d_out] is for transcoders alone. In training mode the batch also updates `tokens_since_fired`,
+        and what acts on dead latents acts on those then dead.
+
+        Raises TypeError or ValueError for tensors that do not fit.
+        """
+        x, target = self._batch(x, target)
+        weights = self._weights()
+        active = self._activate(x, weights)
+        if self.training:
+            self.count_firing(active.codes)
+        error = self._reconstruct(active, x, target, weights)
+        total, terms = error.objective, dict(error.terms)
+        for name, penalty in self._penalties(active, x, target, error, weights).items():
+            terms[name] = penalty.value
+            if penalty.coefficient:
+                total = total + penalty.coefficient * penalty.value.to(total.dtype)
+        return SAELoss(total, terms, active.codes)
+
+    def _weights(self) -> Weights:
+        if self._weighs_by_norms:
+            return Weights(self.W_enc.T, *with_norms(self.W_dec, self.sites_out or 1))
+        return Weights(self.W_enc.T, self.W_dec, None)
+
+    def _activate(self, x: Tensor, weights: Weights) -> Active:
+        """The codes of a training batch, and what the penalties need beside them."""
         raise NotImplementedError
+
+    def _reconstruct(self, active: Active, x: Tensor, target: Tensor, weights: Weights) -> Reconstruction:
+        scale = variance(target)
+        if self.skip:
+            target = target - x @ self.W_skip.T
+        residual, squared = squared_error(active.codes, weights.W_dec, self.b_dec, target)
+        mse = squared.mean()
+        fvu = mse / scale
+        objective = objective_of(mse, fvu, self.reconstruction, target.shape[1])
+        return Reconstruction(residual, objective, {"mse": mse, "fvu": fvu})
+
+    def _penalties(
+        self, active: Active, x: Tensor, target: Tensor, error: Reconstruction, weights: Weights
+    ) -> dict[str, Penalty]:
+        """Terms beside the reconstruction, by name."""
+        raise NotImplementedError
+
+    @property
+    def _b_dec_of_input(self) -> Tensor | None:
+        return self.b_dec if self.apply_b_dec_to_input else None
 
     @torch.no_grad()
     def count_firing(self, codes: SparseCodes) -> None:
@@ -175,28 +310,30 @@ class SAE(
         with self._oldest.growing(self.tokens_since_fired, codes.n_tokens):
             self.tokens_since_fired.add_(codes.n_tokens).masked_fill_(fired, 0)
 
-    @torch.no_grad()
-    def set_activation_scale(self, scale: float) -> None:
-        """The factor of normalize_activations='scalar'; `estimate_activation_scale` finds the usual one."""
-        if not 0 < scale < float("inf"):
-            raise ValueError(f"scale = {scale!r}: expected a finite number above 0")
-        if self.normalize_activations != "scalar":
-            raise ValueError(
-                f"normalize_activations = {self.normalize_activations!r} uses no scale: build with 'scalar'"
-            )
-        self.activation_scale.fill_(scale)
+    def dead_latents(self) -> Tensor:
+        """The latents that have not fired for `dead_after_tokens` tokens: int64, ascending."""
+        return (self.tokens_since_fired >= self.dead_after_tokens).nonzero()[:, 0]
 
-    def estimate_activation_scale(self, x: Tensor) -> float:
-        """Sets and returns √d_in / mean‖x‖ over a sample [..., d_in]."""
-        scale = normalization.scale_of(self._checked(x))
-        self.set_activation_scale(scale)
-        return scale
+    def _dead_in_training(self) -> Tensor | None:
+        """`dead_latents` in training mode; None where there is none, found out without asking a GPU in each step."""
+        if not self.training or not self._oldest.reaches(self.tokens_since_fired, self.dead_after_tokens):
+            return None
+        dead = self.dead_latents()
+        return dead if len(dead) else None
 
     @torch.no_grad()
     def initialize_b_dec(self, x: Tensor) -> None:
-        """Starts b_dec at the geometric median of a sample of activations [..., d_in] (Bricken et al. 2023)."""
-        normalized = self._normalized(x).x.reshape(-1, self.d_in)
-        self.b_dec.copy_(geometric_median(normalized))
+        """Starts b_dec at the geometric median of a sample of activations [..., d_in] (Bricken et al. 2023).
+
+        Of a transcoder the sample is one of its targets, [..., d_out].
+        """
+        if self.is_transcoder:
+            x = self._checked(x, "target")
+            scale = self.target_scale if self.sites_out is None else self.target_scale[:, None]
+            normalized = normalization.normalize(x, self.normalize_activations, scale).x
+        else:
+            normalized = self._normalized(x).x
+        self.b_dec.copy_(geometric_median(normalized.reshape(-1, self.b_dec.numel())))
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
@@ -224,8 +361,3 @@ class SAE(
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} = {value!r}: expected one of {', '.join(map(repr, allowed))}")

@@ -9,17 +9,26 @@ SCHEMES = ("openai", "anthropic")
 
 
 @torch.no_grad()
-def initialize(W_enc: Tensor, W_dec: Tensor, scheme: str) -> None:
+def initialize(W_enc: Tensor, W_dec: Tensor, scheme: str, tied: bool = True) -> None:
     """Random decoder directions, and the encoder as their transpose; biases stay zero.
+
+    Not `tied`, where encoder and decoder work on different activations, the encoder starts at directions of its own.
 
     `openai`: rows of W_dec of unit norm, W_enc = W_decᵀ (Gao et al. 2024, appendix A.1).
     `anthropic`: rows of W_dec of norm 0.1, W_enc = W_decᵀ (Anthropic, April 2024, "Update on how we train SAEs").
     """
-    torch.nn.init.normal_(W_dec)
-    W_dec /= W_dec.float().norm(dim=1, keepdim=True).clamp_min(1e-12).to(W_dec.dtype)
+    _draw(W_dec, scheme)
+    if tied:
+        W_enc.copy_(W_dec.T)
+    else:
+        _draw(W_enc.T, scheme)
+
+
+def _draw(rows: Tensor, scheme: str) -> None:
+    torch.nn.init.normal_(rows)
+    rows /= rows.float().norm(dim=1, keepdim=True).clamp_min(1e-12).to(rows.dtype)
     if scheme == "anthropic":
-        W_dec *= 0.1
-    W_enc.copy_(W_dec.T)
+        rows *= 0.1
 
 
 @torch.no_grad()

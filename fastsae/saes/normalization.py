@@ -46,12 +46,14 @@ def denormalize(y: Tensor, mode: str, scale: Tensor, statistics: tuple[Tensor, T
 
 
 @torch.no_grad()
-def scale_of(x: Tensor) -> float:
-    """√d_in / mean‖x‖: the constant that gives activations an average norm of √d_in.
+def scales_of(x: Tensor, sites: int | None) -> Tensor:
+    """√d_in / mean‖x‖: what gives activations an average norm of √d_in; a scalar, or [sites] of x [..., sites, d_in].
 
     Raises ValueError if x has no rows, or is zero or not finite everywhere.
     """
-    norm = x.reshape(-1, x.shape[-1]).float().norm(dim=1).mean().item() if x.numel() else 0.0
-    if not 0 < norm < float("inf"):
-        raise ValueError(f"x has mean norm {norm}: expected activations with a finite norm above 0")
-    return x.shape[-1] ** 0.5 / norm
+    rows = x.reshape(-1, sites or 1, x.shape[-1]).float()
+    norms = rows.norm(dim=2).mean(dim=0) if x.numel() else torch.zeros(sites or 1)
+    if not bool(((norms > 0) & (norms < torch.inf)).all()):
+        raise ValueError(f"x has mean norm {norms.min().item()}: expected activations with a finite norm above 0")
+    scales = x.shape[-1] ** 0.5 / norms
+    return scales[0] if sites is None else scales

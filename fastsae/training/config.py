@@ -18,6 +18,10 @@ class TrainConfig:
     warmup_steps: steps over which the learning rate rises linearly to its peak.
     decay_steps: last steps, over which it falls to zero.
     decay: "linear" or "cosine".
+    sparsity_warmup_steps: steps over which the SAE's sparsity coefficients (L1, L0, KL) rise linearly from zero.
+    k_start, k_decay_steps: with k_start, an SAE that has a k starts with this one and comes linearly to its own in so
+        many steps (k annealing, as sparsify and dictionary_learning have it).
+    resample_every: steps between two resamplings of dead latents (`resample_dead_`); 0 for none.
     clip_grad_norm: gradients of a greater norm, taken over all parameters, are scaled down to it; None for no limit.
     log_every: steps between two records; the first and the last step are always recorded.
     log_path: the JSON-lines file of the records; None for no file.
@@ -34,6 +38,10 @@ class TrainConfig:
     warmup_steps: int = 0
     decay_steps: int = 0
     decay: str = "linear"
+    sparsity_warmup_steps: int = 0
+    k_start: float | None = None
+    k_decay_steps: int = 0
+    resample_every: int = 0
     clip_grad_norm: float | None = 1.0
     log_every: int = 100
     log_path: str | os.PathLike | None = None
@@ -47,6 +55,9 @@ class TrainConfig:
             ("steps", 1),
             ("warmup_steps", 0),
             ("decay_steps", 0),
+            ("sparsity_warmup_steps", 0),
+            ("k_decay_steps", 0),
+            ("resample_every", 0),
             ("log_every", 1),
             ("checkpoint_every", 0),
             ("keep_checkpoints", 0),
@@ -54,7 +65,7 @@ class TrainConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} = {value!r}: expected an int of at least {least}")
-        for name in ("lr", "clip_grad_norm"):
+        for name in ("lr", "clip_grad_norm", "k_start"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} = {value!r}: expected None or a finite number above 0")
@@ -64,6 +75,11 @@ class TrainConfig:
             raise ValueError(
                 f"warmup_steps = {self.warmup_steps} and decay_steps = {self.decay_steps}: expected at most "
                 f"steps = {self.steps} together"
+            )
+        if (self.k_start is None) != (self.k_decay_steps == 0) or self.k_decay_steps > self.steps:
+            raise ValueError(
+                f"k_start = {self.k_start} and k_decay_steps = {self.k_decay_steps}: expected both or neither, and at "
+                f"most steps = {self.steps} of decay"
             )
         if self.checkpoint_every and self.checkpoint_dir is None:
             raise ValueError(

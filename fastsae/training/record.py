@@ -9,9 +9,6 @@ from torch import Tensor
 
 from fastsae.saes import SAE, SAELoss
 
-# A latent is dead after so many tokens without firing where its SAE does not say otherwise (Gao et al. 2024).
-DEAD_AFTER_TOKENS = 10_000_000
-
 
 @dataclass(frozen=True)
 class Record:
@@ -51,7 +48,7 @@ def measure(
     Raises FloatingPointError if its loss or its gradient norm is not finite.
     """
     parts = loss.parts()
-    dead = sae.tokens_since_fired >= getattr(sae, "dead_after_tokens", DEAD_AFTER_TOKENS)
+    dead = sae.tokens_since_fired >= sae.dead_after_tokens
     scalars = [*parts.values(), loss.codes.l0().float().mean(), dead.float().mean()]
     if grad_norm is not None:
         scalars.append(grad_norm)

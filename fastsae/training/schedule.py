@@ -1,10 +1,14 @@
-"""The learning rate: a linear rise, a plateau, and a fall to zero at the end."""
+"""What changes over a run: the learning rate, the sparsity coefficients and k."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from fastsae.saes import SAE
 
 if TYPE_CHECKING:
     from fastsae.training.config import TrainConfig
@@ -38,3 +42,31 @@ def warmup_and_decay(optimizer: Optimizer, config: "TrainConfig", step: int = 0)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return LambdaLR(optimizer, lambda finished: factor(finished, config), last_epoch=step - 1)
+
+
+def sparsity_scale(step: int, config: "TrainConfig") -> float:
+    """What sparsity coefficients are multiplied by after `step` finished steps: a linear rise to 1."""
+    return min(1.0, (step + 1) / config.sparsity_warmup_steps) if config.sparsity_warmup_steps else 1.0
+
+
+def annealed_k(step: int, config: "TrainConfig", k: float) -> float:
+    """k in the step that follows `step` finished ones: from k_start to `k`, rounded where `k` is whole."""
+    if config.k_start is None or step >= config.k_decay_steps:
+        return k
+    now = config.k_start + (k - config.k_start) * step / config.k_decay_steps
+    return round(now) if isinstance(k, int) else now
+
+
+@contextmanager
+def scheduled(sae: SAE, step: int, config: "TrainConfig") -> Iterator[None]:
+    """The SAE as it is in that step; afterwards it has its own k and coefficients again, so that files hold those."""
+    scale, k = sae.sparsity_scale, getattr(sae, "k", None)
+    sae.sparsity_scale = scale * sparsity_scale(step, config)
+    if k is not None:
+        sae.k = annealed_k(step, config, k)
+    try:
+        yield
+    finally:
+        sae.sparsity_scale = scale
+        if k is not None:
+            sae.k = k

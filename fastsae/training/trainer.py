@@ -5,7 +5,7 @@ import os
 import time
 import warnings
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, NamedTuple
@@ -23,7 +23,8 @@ from fastsae.training.log import json_lines
 from fastsae.training.optimizer_state import parameter_names
 from fastsae.training.progress import ProgressBar, progress_bar
 from fastsae.training.record import Record, measure
-from fastsae.training.schedule import warmup_and_decay
+from fastsae.training.resample import resample_dead_
+from fastsae.training.schedule import scheduled, warmup_and_decay
 from fastsae.training.update import update
 
 # The settings of OpenAI's sparse_autoencoder/train.py; its betas are torch's.
@@ -56,7 +57,8 @@ class Trainer:
     """Trains an SAE with any torch optimizer.
 
     A step is: loss, backward, projection of the decoder's gradient, clipping, optimizer, unit decoder rows, learning
-    rate (see `fastsae.training.update`). `sae.register_optimizer_hooks` is not needed.
+    rate (see `fastsae.training.update`). `sae.register_optimizer_hooks` is not needed. Schedules of the config change
+    the SAE's k and sparsity coefficients for the length of a step.
 
     Args:
         sae: the SAE to train, on its device.
@@ -84,13 +86,17 @@ class Trainer:
                 f"clip_grad_norm = {config.clip_grad_norm} with FusedAdam, which has no gradients to clip: expected "
                 "clip_grad_norm=None"
             )
+        if config.k_start is not None and not hasattr(sae, "k"):
+            raise ValueError(f"k_start = {config.k_start} for a {type(sae).__name__}: expected None, as it has no k")
         self.scheduler = warmup_and_decay(self.optimizer, config)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
 
-    def fit(self, batches: Iterable[Tensor]) -> TrainSummary:
+    def fit(self, batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> TrainSummary:
         """Trains on batches of raw activations [..., d_in], of any sizes, until `config.steps` steps are done.
+
+        For a transcoder each batch is a pair, activations and targets.
 
         It takes no more batches than it uses. A resumed trainer goes on with the first batch given: pass what follows
         the first `trainer.step` batches. If batches end early, a RuntimeWarning says so; call `fit` again with more to
@@ -115,10 +121,11 @@ class Trainer:
             progress_bar(config.progress, config.steps, self.step) as bar,
         ):
             # The range stands first, so that zip takes no batch beyond the last step.
-            for _, x in zip(steps, batches, strict=False):
-                _check_batch(x, self.step + 1)
+            for _, batch in zip(steps, batches, strict=False):
+                pair = batch if self.sae.is_transcoder else (batch,)
+                _check_batch(pair, self.sae.is_transcoder, self.step + 1)
                 step_began = time.perf_counter()
-                done = self._train_step(x.to(self.sae.device, non_blocking=True))
+                done = self._train_step(*(part.to(self.sae.device, non_blocking=True) for part in pair))
                 now = time.perf_counter()
                 durations.append(now - step_began)
                 self.seconds = now - began
@@ -203,17 +210,20 @@ class Trainer:
         trainer.load_checkpoint(folder)
         return trainer
 
-    def _train_step(self, x: Tensor) -> "_Step":
+    def _train_step(self, x: Tensor, target: Tensor | None = None) -> "_Step":
         lr, grad_norm = float(self.optimizer.param_groups[0]["lr"]), None
-        if isinstance(self.optimizer, FusedAdam):
-            loss = self.optimizer.step(x)
-        else:
-            self.optimizer.zero_grad()
-            loss = self.sae.loss(x)
-            loss.total.backward()
-            grad_norm = update(self.sae, self.optimizer, self.config.clip_grad_norm)
+        with scheduled(self.sae, self.step, self.config):
+            if isinstance(self.optimizer, FusedAdam):
+                loss = self.optimizer.step(x, target)
+            else:
+                self.optimizer.zero_grad()
+                loss = self.sae.loss(x, target)
+                loss.total.backward()
+                grad_norm = update(self.sae, self.optimizer, self.config.clip_grad_norm)
         self.scheduler.step()
         self.step += 1
+        if self._due(self.config.resample_every) and self.step < self.config.steps:
+            resample_dead_(self.sae, x, target, self.optimizer)
         self.tokens += loss.codes.n_tokens
         return _Step(loss, grad_norm, lr)
 
@@ -257,7 +267,10 @@ def _adam(sae: SAE, config: TrainConfig) -> Optimizer:
     return torch.optim.Adam(sae.parameters(), lr=config.peak_lr(sae.d_sae), **OPENAI_ADAM, fused=True)
 
 
-def _check_batch(x: Tensor, step: int) -> None:
+def _check_batch(pair: Sequence[Tensor], of_transcoder: bool, step: int) -> None:
+    if of_transcoder and (isinstance(pair, Tensor) or len(pair) != 2):
+        raise TypeError(f"the batch of step {step} is a {type(pair).__name__}: expected a pair (activations, targets)")
+    x = pair[0]
     if not isinstance(x, Tensor):
         raise TypeError(
             f"the batch of step {step} is a {type(x).__name__}: expected a tensor [..., d_in]; a DataLoader over a "

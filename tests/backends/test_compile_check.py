@@ -3,7 +3,7 @@
 import pytest
 
 from fastsae.backends import compile_check
-from fastsae.backends.compile_check import Usage, parse_ptxas
+from fastsae.backends.compile_check import Usage, check_case, parse_ptxas, workers
 
 PTXAS = """
 ptxas info    : 0 bytes gmem
@@ -77,17 +77,59 @@ def test_a_kernel_of_the_package_passes():
     assert [usage.fault for usage in usages] == ["", ""]
 
 
-def test_a_triton_kernel_passes():
+@pytest.fixture(scope="module")
+def pool():
+    """Kernels are compiled in a process of its own: this one runs them in Triton's interpreter."""
     pytest.importorskip("triton")
-    # In a process of its own: this one runs kernels in Triton's interpreter.
-    import concurrent.futures
-    import multiprocessing
+    with workers(1) as pool:
+        yield pool
 
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        usages = pool.submit(compile_check.check_triton, "unit_rows", ["90"]).result()
-    assert usages
-    assert [usage.fault for usage in usages if usage.fault] == []
-    assert all(usage.registers > 0 for usage in usages)
+
+def check_sum(most_registers):
+    """What a Triton kernel takes that holds 64 numbers a lane and may use so many registers."""
+    import triton
+    import triton.language as tl
+
+    from fastsae.backends.triton._cases import case
+
+    def body(x, y, BLOCK: tl.constexpr):
+        places = tl.arange(0, BLOCK)
+        row = tl.load(x + places)
+        tl.store(y + places, row * tl.sum(row, axis=0))
+
+    constexprs = {"BLOCK": 2048}
+    return check_case(
+        case("sum", triton.jit(body), "x *fp32 y *fp32", constexprs, num_warps=1, maxnreg=most_registers), "90"
+    )
+
+
+def test_a_triton_kernel_that_spills_is_caught(pool):
+    assert "spills" in pool.submit(check_sum, 32).result().fault
+    usage = pool.submit(check_sum, 255).result()
+    assert usage.fault == ""
+    assert 64 < usage.registers < 255
+
+
+def test_a_stack_that_is_no_spill_is_no_fault():
+    """As ptxas has it where a kernel calls a function."""
+    (usage,) = parse_ptxas(
+        PTXAS.split("ptxas info    : Compiling entry function '_Z6")[0].replace("0 bytes st", "8 bytes st")
+    )
+    assert usage.fault == ""
+
+
+@pytest.mark.parametrize("arch", ["80", "100"])
+def test_a_triton_kernel_of_the_package_passes(pool, arch):
+    usage = pool.submit(compile_check.check_triton, "unit_rows", 0, arch).result()
+    assert usage.fault == ""
+    assert usage.registers > 0
+
+
+def test_cases_that_compile_to_the_same_are_compiled_once(pool):
+    cases = pool.submit(compile_check.distinct_cases, "decode").result()
+    names = [name for _, name, _ in cases]
+    assert "decode fp32 768/2304/4096 fixed k" in names
+    assert len(names) == len(set(names)) == 12
 
 
 def test_without_nvcc_and_triton_it_says_so(monkeypatch, capsys):
@@ -95,12 +137,30 @@ def test_without_nvcc_and_triton_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(compile_check.importlib.util, "find_spec", lambda name: None)
     assert compile_check.main(["--archs", "90"]) == 0
     output = capsys.readouterr().out
-    assert "nvcc is not found" in output
-    assert "Triton is not installed" in output
+    assert "csrc/cuda was NOT checked" in output
+    assert "The Triton kernels were NOT checked" in output
+    assert compile_check.main(["--archs", "90", "--require", "nvcc"]) == 1
+    assert compile_check.main(["--archs", "90", "--require", "nvcc,triton"]) == 1
 
 
-def test_a_fault_is_an_exit_code(monkeypatch, capsys):
-    usages = [Usage("good", "90", registers=10), Usage("bad", "90", registers=10, spilled=4)]
-    monkeypatch.setattr(compile_check, "check_all", lambda archs, jobs: (usages, []))
-    assert compile_check.main([]) == 1
-    assert "bad on sm_90: spills 4 bytes" in capsys.readouterr().out
+def test_a_compiler_that_is_not_known_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        compile_check.main(["--require", "gcc"])
+    assert "expected nvcc or triton" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--each"]], ids=str)
+def test_a_fault_is_an_exit_code(monkeypatch, capsys, arguments):
+    usages = [
+        Usage("sum wide", "90", registers=10),
+        Usage("sum narrow", "90", registers=77, spilled=4),
+        Usage("broken", "90", error="no"),
+    ]
+    monkeypatch.setattr(compile_check, "check_all", lambda archs, jobs: (usages, ["nvcc"]))
+    assert compile_check.main(arguments) == 1
+    output = capsys.readouterr().out
+    assert "sum narrow on sm_90: spills 4 bytes" in output
+    assert "broken on sm_90: no" in output
+    assert ("sum wide" in output) == bool(arguments)
+    monkeypatch.setattr(compile_check, "check_all", lambda archs, jobs: (usages[:1], ["nvcc"]))
+    assert compile_check.main(arguments) == 0

@@ -33,13 +33,15 @@ def integers(n_tokens, d_in, d_sae, dtype=torch.float32):
     return x, torch.randint(-2, 3, (d_sae, d_in)).to(dtype)
 
 
-def check(x, w, b_enc=None, b_dec=None, k=8, relu_first=False):
+def check(x, w, b_enc=None, b_dec=None, k=8, relu_first=False, scale=None):
     """Equal to the sort of exact sums, one for one."""
     device = DEVICES[0]
     inputs = [None if t is None else t.to(device) for t in (x, w, b_enc, b_dec)]
-    values, indices = (t.cpu() for t in triton_backend.encode_topk(*inputs, k, relu_first))
+    on_device = None if scale is None else scale.to(device)
+    values, indices = (t.cpu() for t in triton_backend.encode_topk(*inputs, k, relu_first, on_device))
     exact = [None if t is None else t.double() for t in (x, w, b_enc, b_dec)]
-    expected, expected_indices = reference.encode_topk(*exact, k, relu_first)
+    exact_scale = None if scale is None else scale.double()
+    expected, expected_indices = reference.encode_topk(*exact, k, relu_first, exact_scale)
     assert indices.equal(expected_indices)
     assert_same_bits(values, expected.to(x.dtype))
 
@@ -50,6 +52,15 @@ def test_ties_across_chunks(small_chunks, dtype, relu_first):
     x, w = integers(37, 6, 700, dtype)
     b_enc, b_dec = torch.randint(-2, 3, (700,)).to(dtype), torch.randint(-1, 2, (6,)).to(dtype)
     check(x, w, b_enc, b_dec, 9, relu_first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("relu_first", [False, True])
+def test_scaled(small_chunks, dtype, relu_first):
+    x, w = integers(19, 6, 300, dtype)
+    b_enc, b_dec = torch.randint(-2, 3, (300,)).to(dtype), torch.randint(-1, 2, (6,)).to(dtype)
+    x[3], x[5] = torch.nan, 0.0
+    check(x, w, b_enc, b_dec, 9, relu_first, torch.randint(0, 5, (300,)) / 2)
 
 
 @pytest.mark.parametrize("k", [1, 2, 33, 64])

@@ -43,6 +43,23 @@ def test_windows_add_up(triton, monkeypatch, counts):
     )  # fmt: skip
 
 
+def test_rows_of_no_width(triton, monkeypatch):
+    """What stands beside a row is written where there is no row: sums of the values, the bias of a latent."""
+    from fastsae.backends.triton import _segments
+
+    monkeypatch.setattr(_segments, "_LEAST_WINDOW_BITS", 2)
+    codes, values, g = latent_major([0, 11, 2], 9), torch.randn(13), torch.randn(9, 0)
+    out, sums = triton.accumulate_rows(values, *codes, g, None, None)
+    assert out.shape == (3, 0)
+    assert_accurate(sums, lambda values: reference.accumulate_rows(values, *codes, g, None, None)[1], values)
+    slots = [[torch.rand(s) for _ in range(3)] for s in ((3, 0), (3,), (3, 0))]
+    expected = [[t.clone() for t in slot] for slot in slots]
+    step = 1e-2, 0.9, 0.99, 1e-3, 0.1, 3, False
+    triton.fused_update(values, values, *codes, g, None, g, None, *slots, *step)
+    reference.fused_update(values, values, *codes, g, None, g, None, *expected, *step)
+    torch.testing.assert_close(slots, expected)
+
+
 def test_more_windows_than_the_buffer_may_have_are_longer(triton, monkeypatch):
     from fastsae.backends.triton import _segments
 

@@ -58,6 +58,35 @@ def test_train_then_eval(run, activations, tmp_path, flags):
     assert "1,000" in table
 
 
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("relu", ["--option", "l1_coefficient=0.1", "--sparsity-warmup-steps", "20", "--resample-every", "50"]),
+        ("jumprelu", ["--option", "penalty=target", "--option", "target_l0=3", "--option", "l0_coefficient=1"]),
+        ("batchtopk", ["--k", "2.5"]),
+        ("matryoshka", ["--k", "3", "--option", "widths=[16, 64]"]),
+        ("gated", ["--option", "l1_coefficient=0.1", "--fused"]),
+    ],
+)
+def test_every_architecture(run, activations, tmp_path, architecture, options):
+    out = tmp_path / "sae"
+    common = OPTIONS[:2] + OPTIONS[4:]
+    run("train", activations, "--out", out, *common, "--architecture", architecture, *options, "--steps", 150)
+    assert fastsae.load(out).architecture == architecture
+    assert json.loads(run("eval", out, activations, "--json"))["explained_variance"] > 0.8
+
+
+def test_options_of_an_architecture_are_checked(run, activations, tmp_path):
+    def message(*arguments):
+        return run("train", activations, "--out", tmp_path / "sae", "--d-sae", 64, *arguments, exit_code=1)
+
+    assert "k = None with architecture = topk: expected a number" in message()
+    assert "k = 3.0 with architecture = relu: expected none" in message("--k", 3, "--architecture", "relu")
+    assert "architecture = 'sparse': expected one of" in message("--architecture", "sparse")
+    assert "NAME=VALUE" in message("--k", 3, "--option", "relu")
+    assert "expected options of TopKSAE" in message("--k", 3, "--option", "l1_coefficient=1")
+
+
 def test_resume_is_the_same_run(run, activations, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = [*OPTIONS, "--steps", 20, "--checkpoint-every", 10]
@@ -65,10 +94,10 @@ def test_resume_is_the_same_run(run, activations, tmp_path):
 
     train_step = fastsae.training.Trainer._train_step
 
-    def interrupted(trainer, x):
+    def interrupted(trainer, *batch):
         if trainer.step == 15:
             raise KeyboardInterrupt
-        return train_step(trainer, x)
+        return train_step(trainer, *batch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fastsae.training.Trainer, "_train_step", interrupted)

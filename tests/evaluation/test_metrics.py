@@ -52,3 +52,32 @@ def test_no_activation_is_an_error(sae):
 def test_a_constant_activation_has_no_variance_to_explain(sae):
     assert explained_variance(sae, torch.ones(5, 16, dtype=torch.float64)) != explained_variance(sae, activations())
     assert torch.tensor(explained_variance(sae, torch.ones(5, 16, dtype=torch.float64))).isnan()
+
+
+def test_transcoders_and_crosscoders():
+    """A transcoder explains its targets; a crosscoder all its sites together."""
+    transcoder = fastsae.TopKSAE(16, 200, 4, d_out=5, skip=True, dtype=torch.float64)
+    x, target = activations(), torch.randn(300, 5, dtype=torch.float64) - 2
+    out = transcoder(x).sae_out
+    expected = 1 - (out - target).square().sum() / (target - target.mean(dim=0)).square().sum()
+    assert evaluate(transcoder, (x, target)).explained_variance == pytest.approx(expected.item(), rel=1e-12)
+    parts = evaluate(transcoder, [(x[:100], target[:100]), (x[100:], target[100:])])
+    assert parts.explained_variance == pytest.approx(expected.item(), rel=1e-12)
+    with pytest.raises(ValueError, match="expected pairs"):
+        evaluate(transcoder, x)
+    crosscoder = fastsae.ReLUSAE(8, 200, sites=2, dtype=torch.float64)
+    x = activations().reshape(300, 2, 8)
+    out = crosscoder(x).sae_out
+    expected = 1 - (out - x).square().sum() / (x - x.mean(dim=0)).square().sum()
+    found = evaluate(crosscoder, x)
+    assert found.n_tokens == 300
+    assert found.explained_variance == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_evaluation_is_in_evaluation_mode():
+    """A BatchTopK SAE keeps what is above its threshold, however tokens are batched."""
+    sae = fastsae.BatchTopKSAE(16, 200, 4, dtype=torch.float64)
+    x = activations()
+    sae.loss(x)
+    assert evaluate(sae, x).l0 == evaluate(sae, x.split(7)).l0
+    assert sae.training

@@ -12,6 +12,7 @@ from fastsae.testing import assert_accurate, assert_same_bits, gradients
 
 # (n_tokens, d_in, d_sae, k): sizes off every block, k = 1 and k = d_sae; from 256 latents on, native code screens.
 SHAPES = [(1, 1, 1, 1), (37, 16, 300, 5), (19, 33, 600, 1), (5, 20, 40, 40), (33, 7, 513, 64)]
+COSTLY = pytest.param(SHAPES[-1], marks=pytest.mark.costly)
 BIASES = {"no_bias": (), "b_enc": ("b_enc",), "b_dec": ("b_dec",), "both": ("b_enc", "b_dec")}
 
 
@@ -66,7 +67,7 @@ def test_selects_as_the_reference_does_where_sums_are_exact(dtype, shape, relu_f
 
 
 @pytest.mark.parametrize("biases", BIASES)
-@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[1:-1], COSTLY], ids=str)
 def test_gradients(dtype, shape, biases):
     inputs = draw(shape, dtype, BIASES[biases])
     codes = ops.encode_topk(*inputs[:3], shape[3], b_dec=inputs[3])
@@ -92,6 +93,7 @@ def test_gradients_of_some_inputs_only(backend, missing):
             assert_same_bits(leaf.grad, expected[i])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("relu_first", [False, True])
 def test_picks_that_are_zero_get_no_gradient(dtype, relu_first):
     """Negative biases leave tokens with fewer than k positive pre-activations."""

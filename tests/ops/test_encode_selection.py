@@ -8,6 +8,7 @@ import os
 from unittest import mock
 
 import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from hostile import W_FAULTS, X_FAULTS, Problem, problems, spoil_w, spoil_x
@@ -21,21 +22,21 @@ NATIVE = [backend for backend in backends() if backend.isa]
 SCREENS = ("float32", "bfloat16")
 
 
-def check_native(problem):
+def check_native(problem, scale=None):
     """Every instruction set and screen gives the defined result to the bit."""
-    values, indices = defined_encode_topk(*problem.arguments)
+    values, indices = defined_encode_topk(*problem.arguments, scale)
     for backend in NATIVE:
         for screen in SCREENS:
             with backend.active(), mock.patch.dict(os.environ, FASTSAE_SCREEN=screen):
-                actual, actual_indices = encode_topk_op(*problem.arguments)
+                actual, actual_indices = encode_topk_op(*problem.arguments, scale)
             wrong = (actual_indices != indices).nonzero()
             assert len(wrong) == 0, f"{backend}, {screen} screen: other latents, the first at {wrong[0].tolist()}"
             assert_same_bits(actual, values)
 
 
-def check_torch(problem):
-    expected, expected_indices = reference_encode_topk(*problem.arguments)
-    values, indices = torch_backend.encode_topk(*problem.arguments)
+def check_torch(problem, scale=None):
+    expected, expected_indices = reference_encode_topk(*problem.arguments, scale)
+    values, indices = torch_backend.encode_topk(*problem.arguments, scale)
     assert indices.equal(expected_indices)
     assert_same_bits(values, expected)
 
@@ -50,6 +51,24 @@ def test_native_code_matches_the_definition_to_the_bit(problem):
 @hypothesis.given(problems([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
 def test_torch_backend_matches_the_sort(problem):
     check_torch(problem)
+
+
+@st.composite
+def scales(draw, d_sae):
+    """All alike, near each other, or far apart; some so small that what they rank is denormal."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**31)))
+    spread = draw(st.sampled_from([0.0, 1e-6, 1.0, 20.0]))
+    scale = (spread * torch.randn(d_sae, generator=generator)).exp()
+    return scale * draw(st.sampled_from([1.0, 1e-20, 1e20]))
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native code here")
+@hypothesis.settings(max_examples=3 * hypothesis.settings.default.max_examples)
+@hypothesis.given(st.data(), problems([torch.float32, torch.bfloat16]))
+def test_scaled_ranking(data, problem):
+    scale = data.draw(scales(len(problem.w_enc)))
+    check_native(problem, scale)
+    check_torch(problem, scale)
 
 
 def normal(n_tokens, d_in, d_sae, dtype=torch.float32):

@@ -113,7 +113,7 @@ def test_no_gradient_is_left_or_made():
 
 
 def test_refuses_what_it_cannot_train():
-    with pytest.raises(TypeError, match=r"sae is a Linear: expected a fastsae\.TopKSAE"):
+    with pytest.raises(TypeError, match=r"sae is a Linear: expected an SAE of fastsae"):
         fastsae.optim.FusedAdam(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="lr = -1"):
         fastsae.optim.FusedAdam(pair()[0], lr=-1)

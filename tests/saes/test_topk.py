@@ -60,6 +60,7 @@ def parameters(sae):
     return [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_output_and_loss_match_the_dense_formula(backend, options):
     sae = build(**options)
@@ -183,12 +184,13 @@ def test_auxk_matches_the_dense_formula(backend, auxk):
 def test_auxk_costs_grow_with_the_dead_alone(monkeypatch):
     """The auxiliary encode sees as many latents as are dead."""
     seen = []
-    import fastsae.saes.topk as module
+    from fastsae.saes import auxk, topk
 
-    original = module.encode_topk
-    monkeypatch.setattr(
-        module, "encode_topk", lambda x, W, *a, **k: (seen.append(W.shape[1]), original(x, W, *a, **k))[1]
-    )
+    original = topk.encode_topk
+    for module in (topk, auxk):
+        monkeypatch.setattr(
+            module, "encode_topk", lambda x, W, *a, **k: (seen.append(W.shape[1]), original(x, W, *a, **k))[1]
+        )
     sae = build(dead_after_tokens=10)
     sae.tokens_since_fired[:17] = 10
     with torch.no_grad():

@@ -15,6 +15,8 @@ import torch
 
 _MODULE_OF = {
     "encode_topk": "encode",
+    "encode_threshold": "encode_threshold",
+    "encode_batch_topk": "encode_batch_topk",
     "decode": "decode",
     "squared_error": "decode",
     "sampled_dot": "sampled_dot",

@@ -46,6 +46,11 @@ def slice_width(d: int, dtype: torch.dtype) -> int:
     return min(_SLICE_BYTES // dtype.itemsize, max(16, power_of_two(d)))
 
 
+def slices_of(d: int, width: int) -> int:
+    """Programs a row; one where the row is empty, for what a kernel writes beside it."""
+    return max(1, triton.cdiv(d, width))
+
+
 def rows_of(matrix: Tensor) -> Tensor:
     """`matrix`, copied only if its rows are not contiguous."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae.backends.triton._cases import WIDTHS, case
-from fastsae.backends.triton._launch import TYPES, device_function, launch, one_for_each, slice_width
+from fastsae.backends.triton._launch import TYPES, device_function, launch, one_for_each, slice_width, slices_of
 
 ENTRIES = 8
 _LEAST_WINDOW_BITS = 7
@@ -137,7 +137,7 @@ def sum_windows(
     weight_sums = torch.empty(windows, dtype=torch.float32, device=rows.device)
     width = slice_width(d, rows.dtype)
     launch(
-        _sum_windows, (windows, triton.cdiv(d, width)), values, latent_offsets, tokens, entries, row_scale,
+        _sum_windows, (windows, slices_of(d, width)), values, latent_offsets, tokens, entries, row_scale,
         rows, rows.stride(0), shift, sums, weight_sums, d, latent_offsets.numel() - 1, nnz, n_tokens, window_bits,
         COLUMNS=width, ENTRIES=ENTRIES, num_warps=1,
     )  # fmt: skip

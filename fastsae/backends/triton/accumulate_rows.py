@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastsae.backends.triton import _segments
 from fastsae.backends.triton._cases import WIDTHS, case
-from fastsae.backends.triton._launch import TYPES, launch, narrow, rows_of, slice_width, vector
+from fastsae.backends.triton._launch import TYPES, launch, narrow, rows_of, slice_width, slices_of, vector
 from fastsae.backends.triton._segments import sum_latent, sum_windows
 
 
@@ -49,7 +49,7 @@ def accumulate_rows(
     windows = sum_windows(*codes, g, shift)
     width = slice_width(d, g.dtype)
     launch(
-        _accumulate_rows, (d_sae, triton.cdiv(d, width)), *codes, g, g.stride(0), shift,
+        _accumulate_rows, (d_sae, slices_of(d, width)), *codes, g, g.stride(0), shift,
         windows.sums, windows.weight_sums, out, value_sums, d, entries.numel(), n_tokens, windows.window_bits,
         COLUMNS=width, ENTRIES=_segments.ENTRIES, num_warps=1,
     )  # fmt: skip

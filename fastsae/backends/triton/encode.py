@@ -11,7 +11,13 @@ memory by kernels that are always launched and end at once for other rows: the h
 Memory, at most: _SCORES float32 scores and `capacity` pairs of 8 bytes a row, for _MOST_ROWS rows: 128 MiB and, at
 k = 64, 16 MiB. Traffic on top of the product, a row: k pairs written and read for each chunk, where scores in memory
 would be 8 F bytes. Every result is a function of the scores alone and a score of its row and latent alone (no split
-sums, no float atomics), so bits repeat. No GPU has run this yet: tile sizes are reasoned (gemm.py), not measured.
+sums, no float atomics), so bits repeat.
+
+With a scale the order is that of score times scale. All chunks are then scored into memory, and `select_kernel`
+multiplies what it reads; the k values are computed anew from the places (sampled_dot, N k D products beside N F D),
+since a pair holds what it is ranked by and has no room for the score.
+
+No GPU has run this yet: tile sizes are reasoned (gemm.py), not measured.
 """
 
 from collections.abc import Iterator
@@ -25,6 +31,8 @@ from fastsae.backends import torch as torch_backend
 from fastsae.backends.triton import gemm, interpreted, selection
 from fastsae.backends.triton._cases import WIDTHS, CompileCase, case
 from fastsae.backends.triton._launch import TYPES, launch, power_of_two, rows_of, vector
+from fastsae.backends.triton.sampled_dot import sampled_dot
+from fastsae.reference.precision import widen
 
 _MOST_K = 2048
 # The product re-reads W_enc for each block of rows; from 8,192 on that is hidden behind the arithmetic.
@@ -60,7 +68,7 @@ class _Tile:
             return cls(rows, widest, depth, 8, 3, 16 if widest > 128 else 32)
         if precision == "tf32":
             return cls(rows, 128, min(32, depth), 8 if rows == 128 else 4, 3, 32)
-        return cls(min(64, rows), 64, 16, 4, 2, 32)
+        return cls(min(64, rows), 64, 16, 4, 2, 16)
 
 
 def _widest_tile(device: torch.device) -> int:
@@ -102,8 +110,17 @@ def chunk_ends(begin: int, d_sae: int, k: int) -> list[int]:
 class _Encoder:
     """One call's operands in the form the kernels take, and its launches."""
 
-    def __init__(self, x: Tensor, w: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, relu_first: bool):
-        self.x, self.w = rows_of(x), rows_of(w)
+    def __init__(
+        self,
+        x: Tensor,
+        w: Tensor,
+        b_enc: Tensor | None,
+        b_dec: Tensor | None,
+        k: int,
+        relu_first: bool,
+        scale: Tensor | None = None,
+    ):
+        self.x, self.w, self.scale = rows_of(x), rows_of(w), vector(scale)
         self.k, self.d_sae, self.d_in = k, w.shape[0], w.shape[1]
         self.precision = float32_products()
         centre = b_dec is not None and x.dtype == torch.float32
@@ -155,7 +172,7 @@ class _Rows:
         encoder = self.encoder
         seed = min(encoder.d_sae, _SEED_LATENTS)
         self._select(0, seed, redo=False)
-        if _fuses(encoder.d_sae):
+        if _fuses(encoder.d_sae) and encoder.scale is None:
             begin = seed
             for end in chunk_ends(seed, encoder.d_sae, encoder.k):
                 self._append_survivors(begin, end)
@@ -182,15 +199,15 @@ class _Rows:
         )  # fmt: skip
 
     def _select(self, begin: int, end: int, redo: bool) -> None:
-        k = self.encoder.k
+        k, scale = self.encoder.k, self.encoder.scale
         operands = self.scores, self.counts, self.width
         self._product(gemm.scores_kernel, self.written, operands, begin, end, REDO=redo)
         rows, block = _rows_of_selection(self.n_rows), max(256, self.block)
         launch(
             selection.select_kernel, (triton.cdiv(self.n_rows, rows),),
-            self.scores, self.pairs, self.counts, self.thresholds,
+            self.scores, self.scores if scale is None else scale, self.pairs, self.counts, self.thresholds,
             self.n_rows, begin, end - begin, self.width, k, self.capacity,
-            FIRST=begin == 0, REDO=redo, ROWS=rows, BLOCK=block, K=self.block,
+            FIRST=begin == 0, REDO=redo, SCALE=scale is not None, ROWS=rows, BLOCK=block, K=self.block,
             num_warps=_warps(rows * max(block, 2 * self.block)),
         )  # fmt: skip
 
@@ -215,20 +232,48 @@ def _fuses(d_sae: int) -> bool:
     return d_sae > 2 * _SEED_LATENTS
 
 
+def _values_at(
+    x: Tensor,
+    w: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    scale: Tensor,
+    indices: Tensor,
+    relu_first: bool,
+) -> Tensor:
+    """The pre-activations at `indices` in the dtype of x; zero where `relu_first` and the rank is not positive."""
+    centred = widen(x) if b_dec is None else widen(x) - widen(b_dec)
+    pre = sampled_dot(centred, indices, None, w, None)
+    if b_enc is not None:
+        pre += widen(b_enc)[indices.long()]
+    if relu_first:
+        # Not "positive": NaN stays.
+        pre = pre.where(~(pre * scale[indices.long()] <= 0), 0)
+    return pre.to(x.dtype)
+
+
 def encode_topk(
-    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int, relu_first: bool
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None,
+    b_dec: Tensor | None,
+    k: int,
+    relu_first: bool,
+    scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As reference.encode_topk, chosen among float32 pre-activations whatever the dtype of x."""
     if k > _MOST_K:
-        return torch_backend.encode_topk(x, w_enc, b_enc, b_dec, k, relu_first)
+        return torch_backend.encode_topk(x, w_enc, b_enc, b_dec, k, relu_first, scale)
     n_tokens = x.shape[0]
     values = x.new_empty(n_tokens, k)
     indices = torch.empty(n_tokens, k, dtype=torch.int32, device=x.device)
     if n_tokens:
-        encoder = _Encoder(x, w_enc, b_enc, b_dec, k, relu_first)
+        encoder = _Encoder(x, w_enc, b_enc, b_dec, k, relu_first, scale)
         for first in range(0, n_tokens, _MOST_ROWS):
             end = min(n_tokens, first + _MOST_ROWS)
             encoder.rows(first, end, values[first:end], indices[first:end])
+        if scale is not None:
+            values = _values_at(x, w_enc, b_enc, b_dec, scale, indices, relu_first)
     return values, indices
 
 
@@ -265,11 +310,16 @@ def _cases() -> Iterator[CompileCase]:
     state = "pairs *i64 counts *i32 thresholds *fp32 n_rows i32"
     for k in (32, 64, 512):
         block, widest, capacity = power_of_two(k), max(256, 2 * power_of_two(k)), capacity_of(k)
-        yield case(
-            f"select k={k}", selection.select_kernel,
-            f"scores *fp32 {state} f_begin i32 f_count i32 width i32 k i32 capacity i32",
-            {"FIRST": False, "REDO": True, "ROWS": 1, "BLOCK": max(256, block), "K": block}, num_warps=_warps(widest),
-        )  # fmt: skip
+        for scaled in (False, True):
+            yield case(
+                f"select k={k}{' scaled' * scaled}", selection.select_kernel,
+                f"scores *fp32 scale *fp32 {state} f_begin i32 f_count i32 width i32 k i32 capacity i32",
+                {
+                    "FIRST": False, "REDO": not scaled, "SCALE": scaled,
+                    "ROWS": 1, "BLOCK": max(256, block), "K": block,
+                },
+                num_warps=_warps(widest),
+            )  # fmt: skip
         yield case(
             f"merge k={k}", selection.merge_kernel, f"{state} k i32 capacity i32",
             {"ROWS": 1, "CAPACITY": capacity, "K": block}, num_warps=_warps(capacity),

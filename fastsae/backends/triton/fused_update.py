@@ -15,7 +15,9 @@ half-precision parameter, 2 more for its rounded copy. Columns are independent e
 the unit norm, so the encoder, and a decoder that is free, go by slices of 512 bytes, one warp each. With unit norm a
 program holds its whole row, up to 4,096 columns: 8 columns a lane with up to 4 warps, 16 with 8 warps beyond 1,024
 columns. However wide, a lane gathers 128 bytes at once, 32 registers, which leaves room for p, m, s and the gradient.
-A wider row lives in a buffer of the program's own, few enough of them to stay in L2. No GPU has run this yet.
+A wider row lives in a buffer of the program's own, few enough of them to stay in L2. Slices and wide rows are given 112
+registers: left to itself, ptxas spills up to five of them to end at 80, 96 or 128; with 104 it must. 18 warps then fit
+a multiprocessor. No GPU has run this yet.
 """
 
 import torch
@@ -33,6 +35,7 @@ from fastsae.backends.triton._launch import (
     power_of_two,
     rows_of,
     slice_width,
+    slices_of,
     vector,
 )
 from fastsae.backends.triton._segments import Windows, sum_latent, sum_windows
@@ -44,6 +47,7 @@ _GATHERED_BYTES = 128
 # Programs that keep a wide row in a buffer: eight for each of about 132 multiprocessors; 50 MiB for rows of 12,288.
 _WIDE_PROGRAMS = 1024
 _WIDE_COLUMNS = 1024
+_MOST_REGISTERS = 112
 
 
 @device_function
@@ -223,12 +227,12 @@ def _update(
 ) -> None:  # fmt: skip
     windows = sum_windows(*codes, rows, shift)
     d_sae, d = slot.weight.shape
-    columns, in_flight, warps = _blocks(d, slot.weight.dtype, unit_norm)
+    columns, in_flight, options = _blocks(d, slot.weight.dtype, unit_norm)
     launch(
-        _update_rows, (d_sae, triton.cdiv(d, columns)), *codes, rows, rows.stride(0), shift,
+        _update_rows, (d_sae, slices_of(d, columns)), *codes, rows, rows.stride(0), shift,
         windows.sums, windows.weight_sums, *slot.with_strides(), *((None,) * 4 if bias is None else bias.tensors),
         d, *_sizes(codes, rows, windows), *adam,
-        UNIT_NORM=unit_norm, COLUMNS=columns, ENTRIES=in_flight, num_warps=warps,
+        UNIT_NORM=unit_norm, COLUMNS=columns, ENTRIES=in_flight, **options,
     )  # fmt: skip
 
 
@@ -240,7 +244,8 @@ def _update_wide(codes: tuple, rows: Tensor, slot: _Slot, adam: tuple) -> None:
     launch(
         _update_wide_rows, (programs,), *codes, rows, rows.stride(0), windows.sums, windows.weight_sums,
         *slot.with_strides(), buffer, d, *_sizes(codes, rows, windows), d_sae, *adam,
-        COLUMNS=_WIDE_COLUMNS, ENTRIES=_in_flight(_WIDE_COLUMNS, slot.weight.dtype, 4), num_warps=4,
+        COLUMNS=_WIDE_COLUMNS, ENTRIES=_in_flight(_WIDE_COLUMNS, slot.weight.dtype, 4),
+        num_warps=4, maxnreg=_MOST_REGISTERS,
     )  # fmt: skip
 
 
@@ -249,13 +254,13 @@ def _sizes(codes: tuple, rows: Tensor, windows: Windows) -> tuple[int, int, int]
     return codes[3].numel(), rows.shape[0], windows.window_bits
 
 
-def _blocks(d: int, dtype: torch.dtype, unit_norm: bool) -> tuple[int, int, int]:
-    """COLUMNS, ENTRIES and warps of _update_rows."""
+def _blocks(d: int, dtype: torch.dtype, unit_norm: bool) -> tuple[int, int, dict[str, int]]:
+    """COLUMNS, ENTRIES and the launch's options of _update_rows."""
     if not unit_norm:
-        return slice_width(d, dtype), _segments.ENTRIES, 1
+        return slice_width(d, dtype), _segments.ENTRIES, {"num_warps": 1, "maxnreg": _MOST_REGISTERS}
     columns = max(16, power_of_two(d))
     warps = max(1, columns // 256) if columns <= 1024 else 8
-    return columns, _in_flight(columns, dtype, warps), warps
+    return columns, _in_flight(columns, dtype, warps), {"num_warps": warps}
 
 
 def _in_flight(columns: int, dtype: torch.dtype, warps: int) -> int:
@@ -280,13 +285,13 @@ def _cases():
         for d in WIDTHS:
             encoder = {"row_scale": None} if masters else {"row_scale": None, "bias_copy": None}
             for what, unit_norm, absent in (("encoder", False, encoder), ("unit norm", True, no_bias)):
-                columns, in_flight, warps = _blocks(d, weight_dtype, unit_norm)
+                columns, in_flight, options = _blocks(d, weight_dtype, unit_norm)
                 yield case(
                     f"fused_update {what} {name} {d}",
                     _update_rows,
                     f"{codes} shift *{t} {slot} {bias} {sizes} {adam}",
                     {**absent, **no_copy, "UNIT_NORM": unit_norm, "COLUMNS": columns, "ENTRIES": in_flight},
-                    num_warps=warps,
+                    **options,
                 )
         yield case(
             f"fused_update wide {name} 12288",
@@ -294,6 +299,7 @@ def _cases():
             f"{codes} {slot} buffer *fp32 {sizes} d_sae i32 {adam}",
             {**no_copy, "COLUMNS": _WIDE_COLUMNS, "ENTRIES": _in_flight(_WIDE_COLUMNS, weight_dtype, 4)},
             num_warps=4,
+            maxnreg=_MOST_REGISTERS,
         )
 
 

@@ -18,11 +18,11 @@ chunk as long as all latents before it, about k a row pass, so the bytes written
 
 Tiles: 128 x 256 with 8 warps keep 128 sums a thread and do 85 operations a byte of shared memory read, what a Hopper
 tensor core needs; 3 stages of 48 KiB fit the 163 KiB of an A100. Appending wants registers of its own, so it goes by
-slices of a tile: 16 columns of a wide tile, 32 of a narrow one, are what fits without spilling. A tile that is written
-is 128 wide (256 spill on sm_80, and a seed of 2,048 latents has few tiles), and so is any on sm_100, where no slice of
-the wide tile fits. tf32 factors are twice as wide: 128 x 128 in steps of 32. Exact float32 runs on the ordinary
-units: 64 x 64, 32 sums a thread and the factors of 16 steps. Registers are those the compiler reports; no GPU has run
-this yet.
+slices of a tile: 16 columns of a wide tile or of one of exact float32, 32 of the others, fit without spilling. A tile
+that is written is 128 wide (256 spill on sm_80, and a seed of 2,048 latents has few tiles), and so is any on sm_100,
+where no slice of the wide tile fits. tf32 factors are twice as wide: 128 x 128 in steps of 32. Exact float32 runs on
+the ordinary units: 64 x 64, 32 sums a thread and the factors of 16 steps. Registers are those the compiler reports; no
+GPU has run this yet.
 """
 
 import triton

@@ -6,8 +6,10 @@ cache after the first block. Each lane keeps a sum for each entry and each of it
 once at the end, so a dot product is a tree over chains of d / 256 (float32: d / 128) products. The programs of a token
 are neighbours in the grid and share its g_n in L2.
 
-ENTRIES is 8: 8 loads of 16 bytes a lane under way, and 64 sums in registers (32 in float32): 14 warps fit a
-multiprocessor and ask for 56 KiB at once, twice what its share of memory bandwidth takes (decode.py). `split` gives
+ENTRIES is 8: 8 loads of 16 bytes a lane under way, and 64 sums in registers (32 in float32). Left to itself, ptxas
+spills two of them in bfloat16 on sm_90 to end at 128 registers; told that 144 are there it finds a form with 115 to
+119 and no spill, on every architecture. 16 warps then fit a multiprocessor and ask for 64 KiB at once, twice what its
+share of memory bandwidth takes (decode.py). `split` gives
 every block its own program where k is known, and as many programs as the mean count of entries asks for otherwise: a
 lone token of 64 entries then keeps 8 warps busy, not one. No result depends on it. No GPU has run this yet.
 """
@@ -21,6 +23,7 @@ from fastsae.backends.triton._launch import TYPES, launch, narrow, one_for_each,
 from fastsae.backends.triton.decode import sizes_of, token_bounds
 
 _ENTRIES = 8
+_MOST_REGISTERS = 144
 # Blocks of a longer token follow each other within its programs.
 _MOST_SPLIT = 64
 
@@ -65,7 +68,7 @@ def sampled_dot(g: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tenso
     launch(
         _sampled_dot, (n_tokens * split,), g, g.stride(0), indices, vector(offsets), w_dec, w_dec.stride(0),
         vector(row_scale), out, g.shape[1], k, nnz, w_dec.shape[0], split,
-        COLUMNS=slice_width(g.shape[1], g.dtype), ENTRIES=_ENTRIES, num_warps=1,
+        COLUMNS=slice_width(g.shape[1], g.dtype), ENTRIES=_ENTRIES, num_warps=1, maxnreg=_MOST_REGISTERS,
     )  # fmt: skip
     return out
 
@@ -82,6 +85,7 @@ def _cases():
                     f"out *{t} d i32 k i32 nnz i32 d_sae i32 split i32",
                     {**absent, "COLUMNS": slice_width(d, dtype), "ENTRIES": _ENTRIES},
                     num_warps=1,
+                    maxnreg=_MOST_REGISTERS,
                 )
 
 

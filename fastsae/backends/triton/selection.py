@@ -1,11 +1,11 @@
 """The k best of each row so far: what the encoder keeps between chunks of latents.
 
-A candidate is a pair of 64 bits: the float32 pre-activation in the high half, the latent in the low half. It ranks by
-its key: the value's bits made order-preserving (NaN above +inf, -0 as +0), then the complement of the latent, so that
-one signed compare is the whole order and no two candidates tie: the result does not depend on the order in which
-candidates arrived. A row's candidates lie in `pairs` [rows, capacity], the k best first and sorted once a chunk has
-been merged; `counts` says how many there are and `thresholds` the k-th best value. A later latent needs more than that
-value to get in, since a tie goes to the lower index.
+A candidate is a pair of 64 bits: the float32 pre-activation (times its latent's scale, if there is one) in the high
+half, the latent in the low half. It ranks by its key: the value's bits made order-preserving (NaN above +inf, -0 as
++0), then the complement of the latent, so that one signed compare is the whole order and no two candidates tie: the
+result does not depend on the order in which candidates arrived. A row's candidates lie in `pairs` [rows, capacity],
+the k best first and sorted once a chunk has been merged; `counts` says how many there are and `thresholds` the k-th
+best value. A later latent needs more than that value to get in, since a tie goes to the lower index.
 
 Two kernels keep that state. `select_kernel` reads a chunk's scores [rows, width] in blocks, and sorts a block only if
 something in it is above the row's threshold: once the threshold is tight that is a load and a compare a score.
@@ -120,12 +120,14 @@ def _value_of(keys):
 
 @triton.jit(do_not_specialize=["n_rows", "f_begin", "f_count", "k"])
 def select_kernel(
-    scores, pairs, counts, thresholds, n_rows, f_begin, f_count, width, k, capacity,
-    FIRST: tl.constexpr, REDO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr,
+    scores, scale, pairs, counts, thresholds, n_rows, f_begin, f_count, width, k, capacity,
+    FIRST: tl.constexpr, REDO: tl.constexpr, SCALE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Merges scores [n_rows, f_count] (row stride `width`) of latents f_begin, ... into the state.
 
-    FIRST starts from nothing. REDO serves the rows whose candidates overflowed, and no others.
+    FIRST starts from nothing. REDO serves the rows whose candidates overflowed, and no others. With SCALE a latent's
+    scores count times its scale, and that is what the state holds.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     wanted = rows < n_rows
@@ -146,6 +148,8 @@ def select_kernel(
         columns = start + tl.arange(0, BLOCK)[None, :]
         inside = wanted[:, None] & (columns < f_count)
         found = tl.load(scores + rows[:, None] * width + columns, mask=inside, other=0.0)
+        if SCALE:
+            found *= tl.load(scale + f_begin + columns, mask=columns < f_count, other=1.0)
         keys = _keys_of(pairs_of(found, f_begin + columns))
         above = inside & (keys > threshold[:, None])
         if tl.max(tl.max(above.to(tl.int32), axis=1), axis=0) != 0:
