@@ -52,7 +52,7 @@ class Spans {
   int64_t most_shared() const { return 8 * max_threads(); }
 
  private:
-  int64_t before(int64_t n) const { return begin_(n) + n * row_cost_; }
+  int64_t before(int64_t n) const { return begin_(n) - begin_(0) + n * row_cost_; }
 
   int64_t rows_, count_, shared_;
   Begin begin_;

@@ -72,14 +72,16 @@ struct SampledDot {
 
 template <typename T>
 void by_entries(const SampledDot<T>& op) {
-  const int64_t nnz = op.codes.begin(op.codes.n_tokens);
+  const int64_t first = op.codes.begin(0), nnz = op.codes.begin(op.codes.n_tokens) - first;
   const int64_t pieces = std::min<int64_t>(nnz, 16 * max_threads());
 #pragma omp parallel
   {
     Scratch<float> row(op.d);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t piece = 0; piece < pieces; ++piece) {
-      const auto cut = [&](int64_t i) { return nnz / pieces * i + nnz % pieces * i / pieces; };
+      const auto cut = [&](int64_t i) {
+        return first + nnz / pieces * i + nnz % pieces * i / pieces;
+      };
       op.gathered(cut(piece), cut(piece + 1), row.get());
     }
   }

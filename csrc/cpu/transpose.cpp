@@ -27,8 +27,10 @@ constexpr int64_t kTile = 512;
 // Entries of a token in a tile, from which on the tiles pay for the visit to each token.
 constexpr int64_t kLeastEntriesInTile = 4;
 
-int64_t cut(int64_t total, int64_t part, int64_t parts) {
-  return total / parts * part + total % parts * part / parts;
+// Where the part `part` of the entries begins.
+int64_t cut(const Codes& codes, int64_t part, int64_t parts) {
+  const int64_t first = codes.begin(0), nnz = codes.begin(codes.n_tokens) - first;
+  return first + nnz / parts * part + nnz % parts * part / parts;
 }
 
 int64_t token_of(const Codes& codes, int64_t e) {
@@ -91,7 +93,7 @@ class Placing {
 }  // namespace
 
 void transpose(Codes codes, int64_t d_sae, int64_t* offsets, int32_t* tokens, int64_t* entries) {
-  const int64_t nnz = codes.begin(codes.n_tokens);
+  const int64_t nnz = codes.begin(codes.n_tokens) - codes.begin(0);
   const int64_t most = nnz / std::max(kLeastEntries, kLeastEntriesPerLatent * d_sae);
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(max_threads(), most));
   const std::unique_ptr<int64_t[]> counters(new int64_t[static_cast<size_t>(parts * d_sae)]);
@@ -102,8 +104,8 @@ void transpose(Codes codes, int64_t d_sae, int64_t* offsets, int32_t* tokens, in
     for (int64_t part = 0; part < parts; ++part) {
       int64_t* count = counters.get() + part * d_sae;
       std::fill(count, count + d_sae, 0);
-      const int64_t end = cut(nnz, part + 1, parts);
-      for (int64_t e = cut(nnz, part, parts); e < end; ++e) ++count[codes.indices[e]];
+      const int64_t end = cut(codes, part + 1, parts);
+      for (int64_t e = cut(codes, part, parts); e < end; ++e) ++count[codes.indices[e]];
     }
 #pragma omp single
     {
@@ -119,7 +121,7 @@ void transpose(Codes codes, int64_t d_sae, int64_t* offsets, int32_t* tokens, in
     }
 #pragma omp for schedule(static, 1)
     for (int64_t part = 0; part < parts; ++part) {
-      const int64_t begin = cut(nnz, part, parts), end = cut(nnz, part + 1, parts);
+      const int64_t begin = cut(codes, part, parts), end = cut(codes, part + 1, parts);
       placing.run({begin, end, counters.get() + part * d_sae});
     }
   }
