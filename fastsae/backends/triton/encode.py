@@ -259,7 +259,7 @@ def encode_topk(
     b_dec: Tensor | None,
     k: int,
     relu_first: bool,
-    scale: Tensor | None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As reference.encode_topk, chosen among float32 pre-activations whatever the dtype of x."""
     if k > _MOST_K:
