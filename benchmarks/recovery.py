@@ -10,6 +10,7 @@ of at least 0.9 with it (fastsae.evaluation.feature_recovery). Each finished run
 """
 
 import json
+import re
 import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from recovery_plot import draw
+from recovery_plot import DRAWN, draw
 from recovery_settings import DATA, SETTINGS, Data, Setting
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -156,6 +157,8 @@ class Record:
     def keep_best(self, run: Run, data: Data, decoder: Tensor, found: Recovery) -> None:
         """For the picture: features and matched latents [n_features, d] of the run with the highest MMCS."""
         about = self.content["data"].setdefault(data.name, _describe(data))
+        if data.name != DRAWN:
+            return
         if found.mmcs <= about.get("best", {}).get("mmcs", -1.0):
             return
         latents = torch.where((found.matched_latent >= 0)[:, None], decoder[found.matched_latent], 0.0)
@@ -178,7 +181,11 @@ class Record:
             "threshold": THRESHOLD,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
+        # A list of numbers is one line.
+        text = re.sub(
+            r"\[[-\d.,\s]+\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(self.content, indent=1)
+        )
+        replace_file(self.path, (text + "\n").encode())
 
 
 def _plain(run: Run) -> dict[str, Any]:

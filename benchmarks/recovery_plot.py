@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, told apart by every kind of colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DATA = "toy"
+DRAWN = "toy"
 # Below it, 1 - cosine is rounding.
 _LEAST = 1e-5
 
@@ -22,7 +22,7 @@ def draw(content: dict[str, Any], path: Path) -> bool:
     """Draws the record's runs on the toy model into `path`, a PNG; False where it holds none."""
     from matplotlib.figure import Figure
 
-    about = content["data"].get(_DATA)
+    about = content["data"].get(DRAWN)
     rows = best_rows(content)
     if about is None or not rows:
         return False
@@ -46,7 +46,7 @@ def best_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
     best: dict[str, dict[str, Any]] = {}
     for row in content["rows"]:
         name = row["run"]["architecture"]
-        if row["run"]["data"] == _DATA and (name not in best or row["mmcs"] > best[name]["mmcs"]):
+        if row["run"]["data"] == DRAWN and (name not in best or row["mmcs"] > best[name]["mmcs"]):
             best[name] = row
     return list(best.values())
 
