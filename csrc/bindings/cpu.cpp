@@ -138,6 +138,26 @@ PYBIND11_MODULE(_cpu, m) {
       },
       release_gil());
   m.def(
+      "group_chunk",
+      [](Address scores, int scores_dtype, int64_t n, int64_t f_begin, int64_t f_count,
+         int64_t size, int64_t k, Address row_residual, Address row_norm, Address latent_norm,
+         Address latent_residual, float score_rounding, float absolute, Address x, int64_t x_stride,
+         int dtype, Address b_dec, Address w_enc, int64_t w_stride, Address b_enc, int64_t d,
+         Address not_finite, Address values, Address indices) {
+        const fastsae::ScreenBounds bounds = {at<const float>(row_residual),
+                                              at<const float>(row_norm),
+                                              at<const float>(latent_norm),
+                                              at<const float>(latent_residual),
+                                              score_rounding,
+                                              absolute};
+        fastsae::kernels().group_chunk(
+            matrix(scores, f_count, scores_dtype), n,
+            {f_begin, f_count, size, k, bounds, matrix(x, x_stride, dtype), at<const float>(b_dec),
+             matrix(w_enc, w_stride, dtype), at<const float>(b_enc), d,
+             at<const uint8_t>(not_finite), at<float>(values), at<int32_t>(indices)});
+      },
+      release_gil());
+  m.def(
       "move_rows",
       [](Address values, Address indices, Address from, Address counts, int64_t n, Address to,
          Address out, int dtype, Address out_indices) {

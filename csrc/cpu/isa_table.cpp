@@ -15,6 +15,7 @@ const KernelTable table = {
     select_chunk,
     select_finish,
     threshold_chunk,
+    group_chunk,
     move_rows,
     decode,
     squared_error,

@@ -20,6 +20,7 @@ struct KernelTable {
                         const float* scale, int64_t n, int64_t d, int64_t d_sae, int64_t k,
                         bool relu_first, SelectionState state, void* values, int32_t* indices);
   void (*threshold_chunk)(Matrix scores, int64_t n_rows, const ThresholdChunk& chunk);
+  void (*group_chunk)(Matrix scores, int64_t n_rows, const GroupChunk& chunk);
   // Row n of a ragged array, counts[n] entries from from[n] on, goes to to[n].
   void (*move_rows)(const float* values, const int32_t* indices, const int64_t* from,
                     const int32_t* counts, int64_t n_rows, const int64_t* to, void* out,

@@ -125,18 +125,32 @@ class TiledSums {
     return true;
   }
 
-  // The next eight entries, or what is left of them.
+  // The next eight entries, or what is left of them, in the groups of add_group.
   void add_any(int64_t e, int64_t end, int64_t c, F16* out) {
     const int64_t count = end - e < 8 ? end - e : 8;
-    float weight[8], lanes[kStrip];
-    const T* row[8];
-    for (int64_t l = 0; l < count; ++l) {
-      weight[l] = block_.weight(e + l);
-      row[l] = rows_ + block_.index[e + l] * stride_ + c;
+    if (count == 8) return add_rows<8>(e, c, out);
+    if (count & 4) add_rows<4>(e, c, out);
+    if (count & 2) add_rows<2>(e + (count & 4), c, out);
+    if (count & 1) add_rows<1>(e + (count & 6), c, out);
+  }
+
+  template <int kRows>
+  void add_rows(int64_t e, int64_t c, F16* out) {
+    for (int64_t i = 0; i < kStripLanes; ++i) {
+      const int64_t column = c + i * kLanes;
+      const auto lanes = [&](int l) {
+        const T* row = rows_ + block_.index[e + l] * stride_ + column;
+        return shifted<kShifted>(load(row), kShifted ? shift_ + column : nullptr);
+      };
+      const auto weight = [&](int l) { return broadcast(block_.weight(e + l)); };
+      if (kRows == 1) {
+        out[i] = fma(weight(0), lanes(0), out[i]);
+        continue;
+      }
+      F16 sum = mul(weight(0), lanes(0));
+      for (int l = 1; l < kRows; ++l) sum = fma(weight(l), lanes(l), sum);
+      out[i] = FASTSAE_ISA::add(out[i], sum);
     }
-    for (int64_t i = 0; i < kStripLanes; ++i) store(lanes + i * kLanes, out[i]);
-    add_group<kShifted>(count, weight, row, kShifted ? shift_ + c : nullptr, kStrip, lanes);
-    for (int64_t i = 0; i < kStripLanes; ++i) out[i] = load(lanes + i * kLanes);
   }
 
   const B& block_;

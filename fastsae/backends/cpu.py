@@ -6,6 +6,7 @@ from torch import Tensor
 from fastsae.backends import dense_products, native, recycled
 from fastsae.backends.screen import Screen
 from fastsae.backends.screen_batch import BatchScreen
+from fastsae.backends.screen_groupmax import GroupScreen
 from fastsae.backends.screen_threshold import ThresholdScreen
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -94,17 +95,7 @@ def encode_topk(
 def encode_groupmax(
     x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:
-    """The screen of encode_topk for one latent of each group."""
-    x, w_enc, b_enc, b_dec = rows_of(x), rows_of(w_enc), floats(b_enc), floats(b_dec)
-    values = x.new_empty(k, x.shape[0], 1)
-    indices = torch.empty(k, x.shape[0], 1, dtype=torch.int32)
-    size = w_enc.shape[0] // k
-    for group in range(k if x.shape[0] else 0):
-        latents = slice(group * size, (group + 1) * size)
-        bias = None if b_enc is None else b_enc[latents]
-        Screen(x, w_enc[latents], bias, b_dec, 1, relu_first=True).run(values[group], indices[group])
-        indices[group] += latents.start
-    return values[..., 0].T.contiguous(), indices[..., 0].T.contiguous()
+    return GroupScreen(rows_of(x), rows_of(w_enc), floats(b_enc), floats(b_dec), k).run()
 
 
 def encode_batch_topk(

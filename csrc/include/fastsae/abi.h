@@ -90,6 +90,24 @@ struct ThresholdChunk {
   int32_t* counts;
 };
 
+// One chunk of latents for encode_groupmax, in groups of `size`: as above, but the best so far of
+// each row's k groups stands in values and indices [n, k], from 0 and the group's first latent on.
+struct GroupChunk {
+  int64_t f_begin;
+  int64_t f_count;
+  int64_t size;
+  int64_t k;
+  ScreenBounds bounds;
+  Matrix x;
+  const float* b_dec;
+  Matrix w_enc;
+  const float* b_enc;
+  int64_t d;
+  const uint8_t* not_finite;
+  float* values;
+  int32_t* indices;
+};
+
 // Adam with its bias corrections folded in: step_size = lr / (1 - beta1^t), inverse_correction =
 // 1 / sqrt(1 - beta2^t).
 struct Adam {
