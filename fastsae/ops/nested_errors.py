@@ -82,7 +82,7 @@ def _nested_errors_backward(grad_squared, values, indices, offsets, w_dec, b_dec
         grad_values[part.entries] = sampled_dot_op(seen, part.indices, part.offsets, w_dec, None)
         if needs_w:
             latent_major = transposed(indices, offsets, w_dec.shape[0])
-            _accumulate(values, latent_major, begin, end, seen, grad_w)
+            _accumulate(flat, latent_major, begin, end, seen, grad_w)
         if number:
             _subtract_decoded(residual, flat[part.entries], part, w_dec)
     return grad_values.reshape(values.shape), grad_w, seen
@@ -103,8 +103,9 @@ def _accumulate(values: Tensor, by_latent: LatentMajor, begin: int, end: int, g:
     bounds = by_latent.latent_offsets[edges].tolist()
     for (first, last), (low, high) in zip(pairwise(edges), pairwise(bounds), strict=True):
         offsets = by_latent.latent_offsets[first : last + 1] - low
-        tokens, entries = by_latent.tokens[low:high], by_latent.entries[low:high]
-        grad_w[first:last], _ = accumulate_rows_op(values, offsets, tokens, entries, g, None, None)
+        tokens, weights = by_latent.tokens[low:high], values[by_latent.entries[low:high]]
+        entries = torch.arange(high - low, device=values.device)
+        grad_w[first:last], _ = accumulate_rows_op(weights, offsets, tokens, entries, g, None, None)
 
 
 def _fake(values, indices, offsets, w_dec, b_dec, target, widths):

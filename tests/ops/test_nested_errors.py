@@ -7,9 +7,6 @@ from fastsae import ops, reference
 from fastsae.ops.nested_errors import nested_errors_backward_op, nested_errors_op
 from fastsae.testing import assert_accurate, assert_same_bits, gradients, random_codes
 
-# It is made of other operators, each of which Triton's interpreter runs in its own tests.
-pytestmark = pytest.mark.costly
-
 # Tokens, d_sae, k (None: CSR with empty rows), d_out, widths: one, few, as many as latents, prefixes nobody is in.
 SHAPES = [
     (37, 150, 5, 40, [10, 75, 150]),
