@@ -114,7 +114,7 @@ def decode(values: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tenso
     values, w_dec, b_dec = _values(values, indices, w_dec.dtype), rows_of(w_dec), floats(b_dec)
     indices, offsets, n_tokens, k = _codes(indices, offsets, w_dec.shape[0])
     y = w_dec.new_empty(n_tokens, w_dec.shape[1])
-    dense = dense_products.pays("decode", indices, offsets, n_tokens, w_dec.shape[0])
+    dense = dense_products.pays("decode", w_dec.dtype, indices, offsets, n_tokens, w_dec.shape[0])
     native.cpu.decode(
         address(values), address(indices), address(offsets), n_tokens, k, address(w_dec), w_dec.stride(0),
         _DTYPES[w_dec.dtype], *w_dec.shape, address(b_dec), dense, address(y), y.stride(0),
@@ -135,7 +135,7 @@ def squared_error(
     _tokens_fit("target", target, n_tokens)
     residual = target.new_empty(target.shape)
     squared = torch.empty(n_tokens, dtype=torch.float32)
-    dense = dense_products.pays("squared_error", indices, offsets, n_tokens, w_dec.shape[0])
+    dense = dense_products.pays("squared_error", w_dec.dtype, indices, offsets, n_tokens, w_dec.shape[0])
     native.cpu.squared_error(
         address(values), address(indices), address(offsets), n_tokens, k, address(w_dec), w_dec.stride(0),
         _DTYPES[w_dec.dtype], *w_dec.shape, address(b_dec), dense, address(target), target.stride(0),
@@ -149,7 +149,7 @@ def sampled_dot(g: Tensor, indices: Tensor, offsets: Tensor | None, w_dec: Tenso
     indices, offsets, n_tokens, k = _codes(indices, offsets, w_dec.shape[0])
     _tokens_fit("g", g, n_tokens)
     out = g.new_empty(indices.shape)
-    dense = dense_products.pays("sampled_dot", indices, offsets, n_tokens, w_dec.shape[0])
+    dense = dense_products.pays("sampled_dot", g.dtype, indices, offsets, n_tokens, w_dec.shape[0])
     native.cpu.sampled_dot(
         address(g), g.stride(0), address(indices), address(offsets), n_tokens, k, address(w_dec),
         w_dec.stride(0), _DTYPES[g.dtype], *w_dec.shape, address(row_scale), dense, address(out),
@@ -182,7 +182,7 @@ def accumulate_rows(
     d_sae = latent_offsets.numel() - 1
     out = recycled.empty((d_sae, g.shape[1]), g.dtype)
     sums = g.new_empty(d_sae)
-    dense = dense_products.pays("accumulate_rows", tokens, latent_offsets, d_sae, g.shape[0])
+    dense = dense_products.pays("accumulate_rows", g.dtype, tokens, latent_offsets, d_sae, g.shape[0])
     native.cpu.accumulate_rows(
         address(values), address(latent_offsets), address(tokens), address(entries), d_sae, address(g),
         g.stride(0), _DTYPES[g.dtype], *g.shape, address(shift), address(row_scale), dense, address(out),
