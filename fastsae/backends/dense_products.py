@@ -34,7 +34,7 @@ def pays(op: str, dtype: torch.dtype, indices: Tensor, offsets: Tensor | None, n
     Entries of a row must ascend: only then do many rows want the same tile at the same time.
     """
     nnz = indices.numel()
-    if n_rows < FEWEST_ROWS or nnz * MOST_LATENTS_PER_ENTRY[op][dtype] < n_rows * width:
+    if nnz == 0 or n_rows < FEWEST_ROWS or nnz * MOST_LATENTS_PER_ENTRY[op][dtype] < n_rows * width:
         return False
     k = 0 if offsets is not None else indices.shape[1]
     if not native.cpu.ascending(indices.data_ptr(), 0 if offsets is None else offsets.data_ptr(), n_rows, k):

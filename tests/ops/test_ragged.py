@@ -141,6 +141,13 @@ def test_which_way_was_taken_is_told(native):
     assert "dense" not in fastsae.explain().choices["decode"].reason
 
 
+def test_no_token_and_many_latents(dtype):
+    codes = codes_of(torch.zeros(0), dtype)
+    W_dec = torch.randn(D_SAE, D).to(dtype).requires_grad_()
+    (gradient,) = torch.autograd.grad(ops.decode(codes, W_dec).sum(), W_dec)
+    assert_same_bits(gradient, torch.zeros_like(W_dec))
+
+
 # Where an entry lies beyond what 32 bits count, without the 16 GB that come before it: the kernels are given addresses
 # so far before the arrays that only the right arithmetic leads into them.
 FAR = 2**31 + 12_345
