@@ -116,6 +116,35 @@ PYBIND11_MODULE(_cpu, m) {
             at<int32_t>(indices));
       },
       release_gil());
+  m.def("multiplies_int8", [] { return fastsae::kernels().multiplies_int8(); });
+  m.def(
+      "quantize_rows",
+      [](Address rows, int64_t stride, int dtype, Address shift, Address powers, int64_t n,
+         int64_t d, bool by_panels, Address packed, Address scale, Address norm, Address residual,
+         Address true_norm, Address offset, Address not_finite) {
+        fastsae::kernels().quantize_rows(
+            matrix(rows, stride, dtype), at<const float>(shift), at<const float>(powers), n, d,
+            by_panels,
+            {at<void>(packed), at<float>(scale), at<float>(norm), at<float>(residual),
+             at<float>(true_norm), at<int32_t>(offset), at<uint8_t>(not_finite)});
+      },
+      release_gil());
+  m.def(
+      "integer_screen",
+      [](Address x, Address x_scale, Address x_norm, Address x_residual, Address x_absolute,
+         Address w, Address w_scale, Address w_offset, Address w_norm, Address w_residual,
+         int64_t n, int64_t bytes, int64_t d_sae, Address b_enc, Address scale, int64_t k,
+         Address lower, Address upper, Address indices, Address counts, Address thresholds,
+         Address redo, int64_t capacity) {
+        fastsae::kernels().integer_screen(
+            {at<const uint8_t>(x), at<const float>(x_scale), at<const float>(x_norm),
+             at<const float>(x_residual), at<const float>(x_absolute), at<const int8_t>(w),
+             at<const float>(w_scale), at<const int32_t>(w_offset), at<const float>(w_norm),
+             at<const float>(w_residual), n, bytes, d_sae, at<const float>(b_enc),
+             at<const float>(scale), k},
+            state(lower, upper, indices, counts, thresholds, redo, capacity));
+      },
+      release_gil());
   m.def(
       "threshold_chunk",
       [](Address scores, int scores_dtype, int64_t n, int64_t f_begin, int64_t f_count,

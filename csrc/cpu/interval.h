@@ -38,16 +38,20 @@ inline RowBounds bounds_of_row(const ScreenBounds& bounds, int64_t n) {
           broadcast(exact ? 0.0f : kBiasRounding), broadcast(exact ? 0.0f : bounds.absolute)};
 }
 
+template <bool kBias>
+inline Interval interval_of(const RowBounds& row, F16 s, F16 bias, F16 alpha, F16 beta) {
+  const F16 pre = kBias ? add(s, bias) : s;
+  F16 error = fma(row.score_rounding, abs(s), row.absolute);
+  error = fma(row.bias_rounding, abs(pre), error);
+  error = fma(row.norm, beta, error);
+  error = fma(row.residual, alpha, error);
+  return {pre, error};
+}
+
 template <bool kBias, typename Score>
 inline Interval interval(const RowBounds& row, const Score* score, const float* bias,
                          const float* alpha, const float* beta) {
-  const F16 s = load(score);
-  const F16 pre = kBias ? add(s, load(bias)) : s;
-  F16 error = fma(row.score_rounding, abs(s), row.absolute);
-  error = fma(row.bias_rounding, abs(pre), error);
-  error = fma(row.norm, load(beta), error);
-  error = fma(row.residual, load(alpha), error);
-  return {pre, error};
+  return interval_of<kBias>(row, load(score), kBias ? load(bias) : zero(), load(alpha), load(beta));
 }
 
 }  // namespace

@@ -5,25 +5,15 @@
 // the narrower dtype.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "dot.h"
 #include "fastsae/scratch.h"
 #include "isa_kernels.h"
+#include "norm_above.h"
 
 namespace fastsae {
 namespace FASTSAE_ISA {
 namespace {
-
-// A norm that is never below the true one: the float32 sum of squares is within (d/16 + 8) 2^-24 of
-// exact, and squares under 2^-126 may vanish, each hiding an entry of at most 2^-63.
-float norm_above(float sum_of_squares, int64_t d) {
-  if (sum_of_squares != sum_of_squares) return std::numeric_limits<float>::infinity();
-  const double slack = 1.0 + 6.0e-8 * (static_cast<double>(d) / 16 + 16);
-  return static_cast<float>((std::sqrt(static_cast<double>(sum_of_squares)) * slack +
-                             std::sqrt(static_cast<double>(d)) * 0x1p-63) *
-                            (1.0 + 0x1p-22));
-}
 
 template <typename T, typename Packed>
 void pack_rows_as(Matrix rows, const float* shift, int64_t n_rows, int64_t d, Packed* packed,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastsae.backends import native
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+from fastsae.backends.screen_common import _DTYPES, _address, _gamma, _State
+from fastsae.backends.screen_integer import MOST_DIMENSIONS, MOST_ROWS, IntegerProducts
 
 # Scores of one chunk: 1,024 rows x 512 latents are 1 MiB in bfloat16 and stay in the second-level cache between
 # the GEMM and the selection; halves of either cost the GEMM more in packing.
@@ -31,16 +31,6 @@ _FEWEST_ROWS_TO_RESCREEN = 8
 _EXHAUSTIVE, _OVERFLOWED, _LEFT_OUT = 1, 2, 3
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _gamma(operations: int) -> float:
-    """γ_n = n u / (1 - n u), u = 2⁻²⁴: the relative error bound of n float32 operations (Higham 2002, section 3.1)."""
-    unit = operations * 2.0**-24
-    return unit / (1 - unit)
-
-
 def _float32_matmul_is_reduced() -> bool:
     """Whether torch has been told it may round float32 factors of a product (to tf32 or bfloat16)."""
     settings = [torch.get_float32_matmul_precision()]
@@ -50,11 +40,22 @@ def _float32_matmul_is_reduced() -> bool:
 
 
 def screen_dtype() -> torch.dtype:
-    """bfloat16 where the processor has instructions for its products (FASTSAE_SCREEN names another), else float32."""
+    """That of encode_topk's screen: int8 where the processor has instructions for its products, else `product_dtype`.
+
+    FASTSAE_SCREEN names another.
+    """
     name = os.environ.get("FASTSAE_SCREEN")
-    if name is not None:
-        if name not in ("float32", "bfloat16"):
-            raise ValueError(f"FASTSAE_SCREEN={name!r}: expected float32 or bfloat16")
+    if name is None:
+        return torch.int8 if native.cpu is not None and native.cpu.multiplies_int8() else product_dtype()
+    if name not in ("float32", "bfloat16", "int8"):
+        raise ValueError(f"FASTSAE_SCREEN={name!r}: expected float32, bfloat16 or int8")
+    return getattr(torch, name)
+
+
+def product_dtype() -> torch.dtype:
+    """That of screens by PyTorch's products: bfloat16 where the processor has instructions for it, else float32."""
+    name = os.environ.get("FASTSAE_SCREEN")
+    if name in ("float32", "bfloat16"):
         return getattr(torch, name)
     native_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if native_bfloat16 and torch.backends.mkldnn.is_available() else torch.float32
@@ -139,27 +140,6 @@ def scored_chunks(rows: _Packed, w_enc: Tensor, pack_w: _Packer, scores: Tensor,
         )  # fmt: skip
 
 
-class _State:
-    """The candidates of a block of rows: up to `capacity` a row, each with the interval its value lies in."""
-
-    def __init__(self, rows: int, k: int):
-        self.capacity = 4 * k + 128
-        self.lower, self.upper = torch.empty(2, rows, self.capacity)
-        self.indices = torch.empty(rows, self.capacity, dtype=torch.int32)
-        self.counts = torch.empty(rows, dtype=torch.int32)
-        self.thresholds = torch.empty(rows)
-        self.redo = torch.empty(rows, dtype=torch.uint8)
-
-    def reset(self) -> None:
-        self.counts.zero_()
-        self.thresholds.fill_(-torch.inf)
-        self.redo.zero_()
-
-    def arguments(self) -> tuple[int, ...]:
-        parts = (self.lower, self.upper, self.indices, self.counts, self.thresholds, self.redo)
-        return (*map(_address, parts), self.capacity)
-
-
 class Screen:
     """encode_topk of x [n_tokens, d_in] with w_enc [d_sae, d_in]: float32 or bfloat16, rows contiguous."""
 
@@ -178,13 +158,18 @@ class Screen:
         self.k, self.relu_first, self.scale = k, relu_first, scale
         self.dtype = dtype or screen_dtype()
         self.d_sae = w_enc.shape[0]
+        if self.dtype == torch.int8 and x.shape[1] > MOST_DIMENSIONS:
+            self.dtype = product_dtype()
         self.exhaustive = self.d_sae < max(_FEWEST_LATENTS, _FEWEST_LATENTS_PER_PICK * k)
 
     def run(self, values: Tensor, indices: Tensor) -> None:
         """Writes the selection of every row into values [n_tokens, k] and int32 indices [n_tokens, k]."""
-        rows = min(_ROWS, self.x.shape[0])
-        state = _State(rows, self.k)
-        if not self.exhaustive:
+        rows, capacity, integers = min(_ROWS, self.x.shape[0]), 4 * self.k + 128, None
+        if not self.exhaustive and self.dtype == torch.int8:
+            integers = IntegerProducts(self.x, self.w_enc, self.b_enc, self.b_dec, self.k, self.scale)
+            rows, capacity = min(MOST_ROWS, rows), integers.capacity
+        state = _State(rows, capacity)
+        if not self.exhaustive and integers is None:
             pack_x = _Packer(rows, self.x, self.dtype, self.b_dec)
             pack_w = _Packer(min(_LATENTS, self.d_sae), self.w_enc, self.dtype, None)
             scores = torch.empty(rows * min(_LATENTS, self.d_sae), dtype=self.dtype)
@@ -196,7 +181,10 @@ class Screen:
                 state.redo.fill_(_EXHAUSTIVE)
                 overflowed = None
             else:
-                self._select(x, pack_x(x, state.redo), pack_w, scores, state)
+                if integers is not None:
+                    integers.select(x, state)
+                else:
+                    self._select(x, pack_x(x, state.redo), pack_w, scores, state)
                 overflowed = self._overflowed(state, x.shape[0])
             self._finish(x, state, values[block], indices[block])
             if overflowed is not None:
@@ -208,11 +196,14 @@ class Screen:
                     self.k,
                     self.relu_first,
                     self.scale,
-                    torch.float32,
+                    self._finer(),
                 )
                 better = values.new_empty(len(overflowed), self.k), indices.new_empty(len(overflowed), self.k)
                 again.run(*better)
                 values[block][overflowed], indices[block][overflowed] = better
+
+    def _finer(self) -> torch.dtype:
+        return product_dtype() if self.dtype == torch.int8 else torch.float32
 
     def _overflowed(self, state: _State, n: int) -> Tensor | None:
         """The rows for which a float32 screen is cheaper than computing every value; `_finish` leaves them out."""

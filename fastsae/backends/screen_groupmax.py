@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsae.backends import native
-from fastsae.backends.screen import _DTYPES, _LATENTS, _ROWS, _address, _Packed, _Packer, scored_chunks, screen_dtype
+from fastsae.backends.screen import _DTYPES, _LATENTS, _ROWS, _address, _Packed, _Packer, product_dtype, scored_chunks
 
 # In groups smaller than this so many latents remain that the screen spares nothing.
 _LEAST_GROUP = 16
@@ -19,7 +19,7 @@ class GroupScreen:
 
     def __init__(self, x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, k: int):
         self.x, self.w_enc, self.b_enc, self.b_dec, self.k = x, w_enc, b_enc, b_dec, k
-        self.dtype, self.size = screen_dtype(), w_enc.shape[0] // k
+        self.dtype, self.size = product_dtype(), w_enc.shape[0] // k
         rows, latents = max(1, min(_ROWS, x.shape[0])), min(_LATENTS, w_enc.shape[0])
         self._scores = torch.empty(rows * latents, dtype=self.dtype)
         self._not_finite = torch.empty(rows, dtype=torch.uint8)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsae.backends import native
-from fastsae.backends.screen import _DTYPES, _LATENTS, _ROWS, _address, _Packed, _Packer, scored_chunks, screen_dtype
+from fastsae.backends.screen import _DTYPES, _LATENTS, _ROWS, _address, _Packed, _Packer, product_dtype, scored_chunks
 
 # The share of a chunk that is kept from which on the next goes without a screen. N = 2,048, D = 768, F = 24,576 on two
 # cores, milliseconds with a bfloat16 screen / with a float32 screen / without: 685 / 932 / 884 to 970 at a share of
@@ -70,7 +70,7 @@ class ThresholdScreen:
 
     def __init__(self, x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, threshold: Tensor):
         self.x, self.w_enc, self.b_enc, self.b_dec, self.threshold = x, w_enc, b_enc, b_dec, threshold
-        self.dtype = screen_dtype()
+        self.dtype = product_dtype()
         rows, latents = max(1, min(_ROWS, x.shape[0])), min(_LATENTS, w_enc.shape[0])
         self._scores = torch.empty(rows * latents, dtype=self.dtype)
         self._wide_values = torch.empty(rows * latents)

@@ -19,7 +19,7 @@ from fastsae.reference import encode_topk as reference_encode_topk
 from fastsae.testing import assert_same_bits, backends, defined_encode_topk
 
 NATIVE = [backend for backend in backends() if backend.isa]
-SCREENS = ("float32", "bfloat16")
+SCREENS = ("float32", "bfloat16", "int8")
 
 
 def check_native(problem, scale=None):

@@ -70,6 +70,42 @@ struct SelectionState {
   int64_t capacity;
 };
 
+// What quantize_rows writes, a number for each row: `packed` in one of its two layouts, the row's
+// scale, upper bounds of its norm after and before equalising (`true_norm`, may be null) and of
+// what quantizing loses; for panels `offset`, 128 times the sum of a row's integers.
+constexpr int64_t kPanel = 64;
+struct QuantizedRows {
+  void* packed;
+  float* scale;
+  float* norm;
+  float* residual;
+  float* true_norm;
+  int32_t* offset;
+  uint8_t* not_finite;
+};
+
+// x [n_rows, bytes] and W_enc by panels as quantize_rows packs them, with what is known of their
+// rows; x_norm and x_residual bound |row| of the quantized row and what was lost, x_absolute what
+// no other term covers. All vectors over latents are padded to whole panels.
+struct IntegerScreen {
+  const uint8_t* x;
+  const float* x_scale;
+  const float* x_norm;
+  const float* x_residual;
+  const float* x_absolute;
+  const int8_t* w;
+  const float* w_scale;
+  const int32_t* w_offset;
+  const float* w_norm;
+  const float* w_residual;
+  int64_t n_rows;
+  int64_t bytes;
+  int64_t d_sae;
+  const float* b_enc;
+  const float* scale;
+  int64_t k;
+};
+
 // A chunk of latents for encode_threshold: f_count of them from f_begin on, `w_enc`, `b_enc`,
 // `threshold` and the latents' bounds those of the chunk; bounds and not_finite are read only where
 // there are scores. Row n of the block writes up to f_count
