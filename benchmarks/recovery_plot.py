@@ -56,11 +56,8 @@ def _matrix(axes: "Axes", figure, about: dict[str, Any]) -> None:
     cosines = np.array(best["features"]) @ np.array(best["matched_latents"]).T
     image = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     found = np.diagonal(cosines)
-    axes.set_title(
-        f"A latent for each feature: {best['architecture']} ({best['setting']}), mean cosine {found[found > 0].mean():.3f}",
-        loc="left",
-        fontsize=10,
-    )
+    name, cosine = f"{best['architecture']} ({best['setting']})", found[found > 0].mean()
+    axes.set_title(f"A latent for each feature: {name}, mean cosine {cosine:.3f}", loc="left", fontsize=10)
     axes.set_xlabel("latent matched to the feature")
     axes.set_ylabel("true feature, the most important first")
     figure.colorbar(image, ax=axes, orientation="horizontal", shrink=0.6, label="cosine")
