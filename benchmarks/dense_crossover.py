@@ -34,6 +34,8 @@ SCHEMA = "fastsae-dense-crossover-1"
 DENSITIES = (2, 4, 8, 16, 32, 64)
 OPS = ("decode", "squared_error", "sampled_dot", "accumulate_rows")
 WAYS = ("gathers", "tiles", "dense")
+# Columns of what is printed into a file.
+_FILE_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,10 @@ def main(
         for dtype, latents_per_entry in itertools.product((torch.float32, torch.bfloat16), DENSITIES):
             problem = Problem(n_tokens, d_in, d_sae, latents_per_entry, dtype)
             rows += [measured(problem, op, latents_per_entry, rounds) for op in OPS]
-    Console().print(shown(rows))
+    console = Console()
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    console.print(shown(rows))
     if out is not None:
         record = {
             "schema": SCHEMA,

@@ -42,6 +42,8 @@ BATCH, STEPS, QUICK_STEPS = 1024, 1000, 60
 # Activations are drawn once and gone through again: these are far more than an SAE of this size can learn by heart.
 TRAINING_TOKENS, HELD_OUT_TOKENS = 2**18, 2**15
 THRESHOLD = 0.9
+# Columns of what is printed into a file.
+_FILE_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,8 @@ def main(
     """Trains SAEs on data with known features and shows how many of these they find."""
     torch.set_num_threads(threads)
     console = Console()
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
     path = out or (QUICK_RECORD if quick else RECORD)
     steps = steps or (QUICK_STEPS if quick else STEPS)
     try:

@@ -56,12 +56,8 @@ def _matrix(axes: "Axes", figure, about: dict[str, Any]) -> None:
     cosines = np.array(best["features"]) @ np.array(best["matched_latents"]).T
     image = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     found = np.diagonal(cosines)
-    axes.set_title(
-        f"Each kept feature has a latent of its own\n{best['architecture']} ({best['setting']}): cosine with its own "
-        f"{found[found > 0].mean():.3f} on average",
-        loc="left",
-        fontsize=10,
-    )
+    name, cosine = f"{best['architecture']} ({best['setting']})", found[found > 0].mean()
+    axes.set_title(f"A latent for each feature: {name}, mean cosine {cosine:.3f}", loc="left", fontsize=10)
     axes.set_xlabel("latent matched to the feature")
     axes.set_ylabel("true feature, the most important first")
     figure.colorbar(image, ax=axes, orientation="horizontal", shrink=0.6, label="cosine")
@@ -77,7 +73,7 @@ def _cosines(axes: "Axes", about: dict[str, Any], rows: list[dict[str, Any]], th
     axes.invert_yaxis()
     axes.set_ylabel("1 - cosine with the nearest latent")
     axes.set_title("What the model keeps is found; recovered is above the dashed line", loc="left", fontsize=10)
-    axes.legend(fontsize=7, frameon=False, markerscale=3, loc="lower right")
+    axes.legend(fontsize=7, frameon=False, markerscale=3, loc="upper right")
     axes.spines[["top", "right"]].set_visible(False)
 
 
