@@ -116,7 +116,6 @@ PYBIND11_MODULE(_cpu, m) {
             at<int32_t>(indices));
       },
       release_gil());
-  m.def("multiplies_int8", [] { return fastsae::kernels().multiplies_int8(); });
   m.def(
       "quantize_rows",
       [](Address rows, int64_t stride, int dtype, Address shift, Address powers, int64_t n,

@@ -1,7 +1,7 @@
 // integer_screen: the screen of encode_topk by products of int8, in one pass without scores in
 // memory.
 //
-//   s = (sum_d (q_nd + 128) p_fd - 128 sum_d p_fd) x_scale[n] w_scale[f]
+//   s = (sum_d (q[n, d] + 128) p[f, d] - 128 sum_d p[f, d]) x_scale[n] w_scale[f]
 // is exact up to the roundings of its last three operations: sums of int32 cannot overflow while
 // 255 * 127 * d < 2^31. What is known of s against the pre-activation is the bound of
 // docs/maths.md, "Integer products"; from there on it is the method of encode.cpp.
@@ -196,14 +196,6 @@ void integer_screen(const IntegerScreen& screen, SelectionState state) {
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t first = 0; first < screen.n_rows; first += in_tiles)
     Block(screen, state, first, std::min(in_tiles, screen.n_rows - first)).run();
-}
-
-bool multiplies_int8() {
-#if defined(__AVX512VNNI__)
-  return true;
-#else
-  return false;
-#endif
 }
 
 }  // namespace FASTSAE_ISA

@@ -17,7 +17,6 @@ void select_finish(Matrix x, const float* b_dec, Matrix w_enc, const float* b_en
 void quantize_rows(Matrix rows, const float* shift, const float* powers, int64_t n, int64_t d,
                    bool by_panels, const QuantizedRows& out);
 void integer_screen(const IntegerScreen& screen, SelectionState state);
-bool multiplies_int8();
 void threshold_chunk(Matrix scores, int64_t n_rows, const ThresholdChunk& chunk);
 void group_chunk(Matrix scores, int64_t n_rows, const GroupChunk& chunk);
 void move_rows(const float* values, const int32_t* indices, const int64_t* from,

@@ -16,7 +16,6 @@ const KernelTable table = {
     select_finish,
     quantize_rows,
     integer_screen,
-    multiplies_int8,
     threshold_chunk,
     group_chunk,
     move_rows,

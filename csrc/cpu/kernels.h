@@ -22,7 +22,6 @@ struct KernelTable {
   void (*quantize_rows)(Matrix rows, const float* shift, const float* powers, int64_t n, int64_t d,
                         bool by_panels, const QuantizedRows& out);
   void (*integer_screen)(const IntegerScreen& screen, SelectionState state);
-  bool (*multiplies_int8)();
   void (*threshold_chunk)(Matrix scores, int64_t n_rows, const ThresholdChunk& chunk);
   void (*group_chunk)(Matrix scores, int64_t n_rows, const GroupChunk& chunk);
   // Row n of a ragged array, counts[n] entries from from[n] on, goes to to[n].

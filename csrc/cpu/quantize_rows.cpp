@@ -11,8 +11,6 @@
 //
 // Access: a row is read once and widened in the first-level cache; a panel (48 KB at d = 768) is
 // written while it is in the second-level cache.
-#include <cmath>
-
 #include "dot.h"
 #include "fastsae/scratch.h"
 #include "isa_kernels.h"
@@ -44,15 +42,17 @@ class Quantizer {
   // Row n as whole numbers in `numbers` [d, padded], and everything that is known of it.
   void run(int64_t n, float* numbers) {
     load_row(static_cast<const T*>(rows_.data) + n * rows_.stride, shift_, d_, row_.get());
-    bool finite = true;
-    for (int64_t i = 0; i < d_; ++i) finite &= std::isfinite(row_[i]) != 0;
     if (out_.true_norm) out_.true_norm[n] = norm(row_.get());
-    if (powers_) {
+    if (powers_)
       for (int64_t i = 0; i < d_; ++i) row_[i] *= powers_[i];
-      for (int64_t i = 0; i < d_; ++i) finite &= std::isfinite(row_[i]) != 0;
+    F16 most = zero(), zeros = zero();
+    for (int64_t i = 0; i < padded_; i += kLanes) {
+      const F16 value = load(row_.get() + i);
+      most = max(abs(value), most);
+      // What is not finite is not zero when multiplied by it, and neither is a sum with that.
+      zeros = fma(value, zero(), zeros);
     }
-    F16 most = zero();
-    for (int64_t i = 0; i < padded_; i += kLanes) most = max(abs(load(row_.get() + i)), most);
+    const bool finite = reduce(zeros) == 0.0f;
     float lanes[kLanes], largest = 0.0f;
     store(lanes, most);
     for (float lane : lanes) largest = lane > largest ? lane : largest;

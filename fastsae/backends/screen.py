@@ -40,13 +40,10 @@ def _float32_matmul_is_reduced() -> bool:
 
 
 def screen_dtype() -> torch.dtype:
-    """That of encode_topk's screen: int8 where the processor has instructions for its products, else `product_dtype`.
-
-    FASTSAE_SCREEN names another.
-    """
+    """That of encode_topk's screen: `product_dtype`, or what FASTSAE_SCREEN names."""
     name = os.environ.get("FASTSAE_SCREEN")
     if name is None:
-        return torch.int8 if native.cpu is not None and native.cpu.multiplies_int8() else product_dtype()
+        return product_dtype()
     if name not in ("float32", "bfloat16", "int8"):
         raise ValueError(f"FASTSAE_SCREEN={name!r}: expected float32, bfloat16 or int8")
     return getattr(torch, name)

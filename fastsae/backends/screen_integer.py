@@ -4,6 +4,10 @@ Rows of x and of W_enc are whole multiples of a scale of their own, at most 127 
 each row and bounds the error (docs/maths.md, "Integer products"). A row whose candidates overflow goes to the screen of
 `fastsae.backends.screen`. Where some dimensions of x are much larger than others, they are made smaller by powers of
 two and those of W_enc larger: the products are the same, and the common scale of a row fits all of it.
+
+Not the default: N = 2,048, D = 768, F = 24,576, k = 32 on two cores of Sapphire Rapids take 0.70 (mixture) to 0.88
+(Gaussian) of `torch.mm(x, W, out=)` in float32, where the bfloat16 screen takes 0.57 to 0.62 by AMX. Of 238 ms the
+products take 85, packing W_enc 23, candidates 55 and their dot products 50.
 """
 
 import torch

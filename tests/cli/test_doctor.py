@@ -43,7 +43,7 @@ def test_json_holds_the_facts(run):
     assert facts["native library"]["instruction set"] == native.cpu.isa()
     assert {isa["name"] for isa in facts["native library"]["instruction sets"]} >= {"portable", "avx2", "avx512"}
     assert facts["threads"]["native library"] == torch.get_num_threads()
-    assert facts["operators"]["screen of encode_topk"] in ("float32", "bfloat16")
+    assert facts["operators"]["screen of encode_topk"] in ("float32", "bfloat16", "int8")
     assert facts["operators"]["cpu float32"]["decode"]["backend"] == "cpu"
 
 
