@@ -157,7 +157,7 @@ def contestants(dtype: torch.dtype, device: torch.device = CPU) -> list[Implemen
     """Every implementation that is compared for parameters of `dtype` on `device`, fastsae's first."""
     chosen: list[Implementation] = [FastSAE(dtype, device), FusedAdamSAE(dtype, device)]
     if device.type == "cpu" and native.cpu is not None and screen_dtype() != torch.float32:
-        chosen.append(FastSAE(dtype, device, screen="float32"))
+        chosen += [FastSAE(dtype, device, screen=screen) for screen in ("float32", "int8")]
     chosen.append(Dense(dtype))
     chosen.append(Dense(dtype, autocast=device.type))
     if device.type != "cpu":
