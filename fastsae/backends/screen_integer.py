@@ -5,9 +5,10 @@ each row and bounds the error (docs/maths.md, "Integer products"). A row whose c
 `fastsae.backends.screen`. Where some dimensions of x are much larger than others, they are made smaller by powers of
 two and those of W_enc larger: the products are the same, and the common scale of a row fits all of it.
 
-Not the default: N = 2,048, D = 768, F = 24,576, k = 32 on two cores of Sapphire Rapids take 0.70 (mixture) to 0.88
-(Gaussian) of `torch.mm(x, W, out=)` in float32, where the bfloat16 screen takes 0.57 to 0.62 by AMX. Of 238 ms the
-products take 85, packing W_enc 23, candidates 55 and their dot products 50.
+Not the default: on two cores of Sapphire Rapids, whose bfloat16 products are those of AMX, encode_topk takes 222 ms
+with it and 196 ms with the bfloat16 screen, and the whole step 319 and 317 ms
+(benchmarks/results/gpt2-small-float32-amx.json). Where it goes: 85 ms products, 23 ms packing W_enc at each call, the
+rest the candidates, four times as many as bfloat16 leaves.
 """
 
 import torch
