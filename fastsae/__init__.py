@@ -6,6 +6,7 @@ from fastsae import ops, optim
 from fastsae.backends.dispatch import backend
 from fastsae.codes import SparseCodes
 from fastsae.explain import explain
+from fastsae.interop import accelerate, restore
 from fastsae.saes import (
     SAE,
     BatchTopKSAE,
@@ -30,9 +31,11 @@ __all__ = [
     "SAEOutput",
     "SparseCodes",
     "TopKSAE",
+    "accelerate",
     "backend",
     "explain",
     "load",
     "ops",
     "optim",
+    "restore",
 ]
