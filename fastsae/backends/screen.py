@@ -7,7 +7,7 @@ result is the same to the bit whichever ran. Another screen (integer products, s
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastsae.backends import native
 from fastsae.backends.screen_common import _DTYPES, _address, _gamma, _State
-from fastsae.backends.screen_integer import MOST_DIMENSIONS, MOST_ROWS, IntegerProducts
+from fastsae.backends.screen_panels import Kind, PackedEncoder, Panels, powers_of_two
 
 # Scores of one chunk: 1,024 rows x 512 latents are 1 MiB in bfloat16 and stay in the second-level cache between
 # the GEMM and the selection; halves of either cost the GEMM more in packing.
@@ -27,6 +27,15 @@ _FEWEST_LATENTS_PER_PICK = 4
 # A float32 screen reads all of W_enc once more; computing every value of one row costs about an eighth of that.
 _FEWEST_ROWS_TO_RESCREEN = 8
 
+# Rows that share a walk through W_enc, and the memory for their candidates.
+_PANEL_ROWS = 1024
+# The one-pass screen that measured fastest on each instruction set.
+_FASTEST = {
+    "avx512_amx": torch.bfloat16,
+    "avx512_bf16": torch.int8,
+    "avx512": torch.int16,
+    "avx2": torch.int16,
+}
 # Values of a row's `redo` flag, as csrc/include/fastsae/abi.h names them.
 _EXHAUSTIVE, _OVERFLOWED, _LEFT_OUT = 1, 2, 3
 
@@ -40,12 +49,12 @@ def _float32_matmul_is_reduced() -> bool:
 
 
 def screen_dtype() -> torch.dtype:
-    """That of encode_topk's screen: `product_dtype`, or what FASTSAE_SCREEN names."""
+    """That of encode_topk's screen: what FASTSAE_SCREEN names, or the fastest of the instruction set in use."""
     name = os.environ.get("FASTSAE_SCREEN")
     if name is None:
-        return product_dtype()
-    if name not in ("float32", "bfloat16", "int8"):
-        raise ValueError(f"FASTSAE_SCREEN={name!r}: expected float32, bfloat16 or int8")
+        return _FASTEST.get(native.cpu.isa(), product_dtype())
+    if name not in ("float32", *Kind.__members__):
+        raise ValueError(f"FASTSAE_SCREEN={name!r}: expected float32, {', '.join(Kind.__members__)}")
     return getattr(torch, name)
 
 
@@ -155,55 +164,40 @@ class Screen:
         self.k, self.relu_first, self.scale = k, relu_first, scale
         self.dtype = dtype or screen_dtype()
         self.d_sae = w_enc.shape[0]
-        if self.dtype == torch.int8 and x.shape[1] > MOST_DIMENSIONS:
-            self.dtype = product_dtype()
         self.exhaustive = self.d_sae < max(_FEWEST_LATENTS, _FEWEST_LATENTS_PER_PICK * k)
+        self.kind = Kind.__members__.get(str(self.dtype).removeprefix("torch."))
 
     def run(self, values: Tensor, indices: Tensor) -> None:
         """Writes the selection of every row into values [n_tokens, k] and int32 indices [n_tokens, k]."""
-        rows, capacity, integers = min(_ROWS, self.x.shape[0]), 4 * self.k + 128, None
-        if not self.exhaustive and self.dtype == torch.int8:
-            integers = IntegerProducts(self.x, self.w_enc, self.b_enc, self.b_dec, self.k, self.scale)
-            rows, capacity = min(MOST_ROWS, rows), integers.capacity
-        state = _State(rows, capacity)
-        if not self.exhaustive and integers is None:
-            pack_x = _Packer(rows, self.x, self.dtype, self.b_dec)
-            pack_w = _Packer(min(_LATENTS, self.d_sae), self.w_enc, self.dtype, None)
-            scores = torch.empty(rows * min(_LATENTS, self.d_sae), dtype=self.dtype)
+        if self.exhaustive:
+            select = self._select_nothing
+            rows, capacity = _ROWS, 0
+        elif self.kind is not None:
+            select, rows, capacity = self._panels(), _PANEL_ROWS, self.kind.capacity(self.k)
+        else:
+            select, rows, capacity = self._products(), _ROWS, 4 * self.k + 128
+        state = _State(min(rows, self.x.shape[0]), capacity)
         for start in range(0, self.x.shape[0], rows):
             block = slice(start, min(start + rows, self.x.shape[0]))
             x = self.x[block]
             state.reset()
-            if self.exhaustive:
-                state.redo.fill_(_EXHAUSTIVE)
-                overflowed = None
-            else:
-                if integers is not None:
-                    integers.select(x, state)
-                else:
-                    self._select(x, pack_x(x, state.redo), pack_w, scores, state)
-                overflowed = self._overflowed(state, x.shape[0])
+            select(x, state)
+            overflowed = self._overflowed(state, x.shape[0])
             self._finish(x, state, values[block], indices[block])
-            if overflowed is not None:
-                again = Screen(
-                    x[overflowed],
-                    self.w_enc,
-                    self.b_enc,
-                    self.b_dec,
-                    self.k,
-                    self.relu_first,
-                    self.scale,
-                    self._finer(),
-                )
-                better = values.new_empty(len(overflowed), self.k), indices.new_empty(len(overflowed), self.k)
-                again.run(*better)
-                values[block][overflowed], indices[block][overflowed] = better
+            if overflowed is None:
+                continue
+            again = Screen(
+                x[overflowed], self.w_enc, self.b_enc, self.b_dec, self.k, self.relu_first, self.scale, self._finer()
+            )
+            better = values.new_empty(len(overflowed), self.k), indices.new_empty(len(overflowed), self.k)
+            again.run(*better)
+            values[block][overflowed], indices[block][overflowed] = better
 
     def _finer(self) -> torch.dtype:
-        return product_dtype() if self.dtype == torch.int8 else torch.float32
+        return torch.int16 if self.kind is Kind.int8 else torch.float32
 
     def _overflowed(self, state: _State, n: int) -> Tensor | None:
-        """The rows for which a float32 screen is cheaper than computing every value; `_finish` leaves them out."""
+        """The rows for which a finer screen is cheaper than computing every value; `_finish` leaves them out."""
         if self.dtype == torch.float32:
             return None
         overflowed = (state.redo[:n] == _OVERFLOWED).nonzero()[:, 0]
@@ -211,6 +205,25 @@ class Screen:
             return None
         state.redo[overflowed] = _LEFT_OUT
         return overflowed
+
+    def _select_nothing(self, x: Tensor, state: _State) -> None:
+        state.redo.fill_(_EXHAUSTIVE)
+
+    def _panels(self) -> Callable[[Tensor, _State], None]:
+        """The one-pass screen of a block of rows."""
+        x_powers, w_powers = None, None
+        if self.kind is Kind.int8 and len(self.x):
+            x_powers, w_powers = powers_of_two(self.x, self.b_dec, self.w_enc) or (None, None)
+        panels = Panels(PackedEncoder(self.w_enc, self.kind, w_powers), self.b_enc, self.b_dec, x_powers)
+        return lambda x, state: panels.select(x, self.k, self.scale, state)
+
+    def _products(self) -> Callable[[Tensor, _State], None]:
+        """The screen of a block of rows by PyTorch's products."""
+        rows, latents = min(_ROWS, self.x.shape[0]), min(_LATENTS, self.d_sae)
+        pack_x = _Packer(rows, self.x, self.dtype, self.b_dec)
+        pack_w = _Packer(latents, self.w_enc, self.dtype, None)
+        scores = torch.empty(rows * latents, dtype=self.dtype)
+        return lambda x, state: self._select(x, pack_x(x, state.redo), pack_w, scores, state)
 
     def _select(self, x: Tensor, rows: _Packed, pack_w: _Packer, scores: Tensor, state: _State) -> None:
         for chunk in scored_chunks(rows, self.w_enc, pack_w, scores, self.dtype):
