@@ -33,7 +33,8 @@ if X86:
     }
 # -ffp-contract=off: a multiply and an add become one only where a kernel asks for it, so that every
 # instruction set rounds alike. -Wno-*uninitialized: GCC 12 warns of its own vector headers.
-FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wno-maybe-uninitialized -Wno-uninitialized"
+WARNINGS = "-Wall -Wno-maybe-uninitialized -Wno-uninitialized"
+FLAGS = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno {WARNINGS}"
 # Beside the instruction sets: what one source alone is compiled with, where the compiler knows it.
 AMX = "-mavx512f -mamx-tile -mamx-int8 -mamx-bf16"
 REQUIRED = os.environ.get("FASTSAE_REQUIRE_NATIVE") == "1"

@@ -151,12 +151,14 @@ PYBIND11_MODULE(_cpu, m) {
       "pack_panels",
       [](Address rows, int64_t stride, int dtype, Address shift, Address powers, int64_t n,
          int64_t d, int kind, bool by_panels, Address packed, int64_t bytes, Address scale,
-         Address norm, Address residual, Address true_norm, Address offset, Address not_finite) {
+         Address norm, Address residual, Address true_norm, Address offset, Address not_finite,
+         Address fingerprints) {
         fastsae::kernels().pack_panels(
             matrix(rows, stride, dtype), at<const float>(shift), at<const float>(powers), n, d,
             static_cast<fastsae::ScreenKind>(kind), by_panels,
             {at<void>(packed), bytes, at<float>(scale), at<float>(norm), at<float>(residual),
-             at<float>(true_norm), at<int32_t>(offset), at<uint8_t>(not_finite)});
+             at<float>(true_norm), at<int32_t>(offset), at<uint8_t>(not_finite),
+             at<uint64_t>(fingerprints)});
       },
       release_gil());
   m.def(

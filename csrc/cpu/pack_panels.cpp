@@ -3,13 +3,17 @@
 //
 //   bfloat16: each entry rounded.
 //   int8:     scale = max |row| / 127, q = round(row / scale).
-//   int16:    scale = |row| / m, q = round(row / scale), at most 32,766, with m + sqrt(d) / 2 just
-//             under 46,340: no sum of products of two such rows, whole or in part, passes 2^31.
+//   int16:    scale = max(|row| / m, max |row_d| / 32,766), q = round(row / scale), with m +
+//             sqrt(d) / 2 just under 46,340: no sum of products of two such rows, whole or in part,
+//             passes 2^31.
 // Whatever the rounding does, the residual is measured, so a bound never rests on it.
 //
 // Layouts are those of panel_products.h: rows of x lie one after the other, in int8 as q + 128, an
 // unsigned byte; rows of W_enc by panels of 64, four bytes of each row side by side:
 // [panel][bytes / 4][64][4]. Rows are padded with zeros to `bytes`, panels with rows of zeros.
+//
+// Memory that has been packed before is packed again only where its rows have changed, which their
+// fingerprints tell: reading them costs a fifth of packing them.
 //
 // Access: a row is read once and widened in the first-level cache. Of a panel 16 rows are packed
 // side by side, then turned in blocks of 16 x 64 bytes, whole lines in and out.
@@ -17,6 +21,7 @@
 
 #include "dot.h"
 #include "fastsae/scratch.h"
+#include "fingerprint.h"
 #include "isa_kernels.h"
 #include "norm_above.h"
 
@@ -28,7 +33,6 @@ namespace {
 constexpr float kLeastMaximum = 1e-30f;
 // Adding and subtracting it rounds what is less than 2^22 to the nearest integer.
 constexpr float kRounder = 0x1.8p23f;
-constexpr int64_t kTurned = 16;
 
 inline void store_number(int8_t* to, float number) {
   *to = static_cast<int8_t>(static_cast<int>(number));
@@ -126,19 +130,15 @@ class Packer {
   template <typename To>
   float pack(To* to, float largest, float row_norm, bool finite, int64_t n) {
     const bool usable = finite && largest >= kLeastMaximum && row_norm < 1e30f;
-    const float most = kIsInt16<To> ? 46338.0f - 0.5f * std::sqrt(static_cast<float>(d_)) : 127.0f;
-    const float whole = kIsInt16<To> ? row_norm : largest;
-    const float scale = usable ? whole / most : 0.0f;
-    const F16 times = broadcast(usable ? most / whole : 0.0f), rounder = broadcast(kRounder);
-    const F16 limit = broadcast(32766.0f);
+    const float most = 46338.0f - 0.5f * std::sqrt(static_cast<float>(d_));
+    const float least =
+        kIsInt16<To> ? std::max(row_norm / most, largest / 32766.0f) : largest / 127.0f;
+    const float scale = usable ? least : 0.0f;
+    const F16 times = broadcast(usable ? 1.0f / scale : 0.0f), rounder = broadcast(kRounder);
     F16 lost_squares = zero();
     for (int64_t i = 0; i < padded_; i += kLanes) {
       const F16 value = load(row_.get() + i);
-      F16 number = usable ? sub(fma(value, times, rounder), rounder) : zero();
-      if (kIsInt16<To>) {
-        number = sub(zero(), max(sub(zero(), number), sub(zero(), limit)));
-        number = max(number, sub(zero(), limit));
-      }
+      const F16 number = usable ? sub(fma(value, times, rounder), rounder) : zero();
       store_numbers(to + i, number);
       const F16 lost = fma(number, broadcast(-scale), value);
       lost_squares = fma(lost, lost, lost_squares);
@@ -180,13 +180,13 @@ void pack_as_rows(Matrix rows, const float* shift, const float* powers, int64_t 
 // Sixteen rows of 64 bytes, as 16 groups of four bytes, become sixteen places of a panel.
 #if defined(__AVX512F__)
 inline void turn(const uint8_t* rows, int64_t bytes, uint8_t* to) {
-  __m512i a[kTurned], b[kTurned];
-  for (int64_t r = 0; r < kTurned; ++r) a[r] = _mm512_loadu_si512(rows + r * bytes);
-  for (int64_t r = 0; r < kTurned; r += 2) {
+  __m512i a[kStrip], b[kStrip];
+  for (int64_t r = 0; r < kStrip; ++r) a[r] = _mm512_loadu_si512(rows + r * bytes);
+  for (int64_t r = 0; r < kStrip; r += 2) {
     b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
     b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
   }
-  for (int64_t r = 0; r < kTurned; r += 4)
+  for (int64_t r = 0; r < kStrip; r += 4)
     for (int64_t j = 0; j < 2; ++j) {
       a[r + 2 * j] = _mm512_unpacklo_epi64(b[r + j], b[r + 2 + j]);
       a[r + 2 * j + 1] = _mm512_unpackhi_epi64(b[r + j], b[r + 2 + j]);
@@ -205,8 +205,8 @@ inline void turn(const uint8_t* rows, int64_t bytes, uint8_t* to) {
 }
 #else
 inline void turn(const uint8_t* rows, int64_t bytes, uint8_t* to) {
-  for (int64_t group = 0; group < kTurned; ++group)
-    for (int64_t r = 0; r < kTurned; ++r)
+  for (int64_t group = 0; group < kStrip; ++group)
+    for (int64_t r = 0; r < kStrip; ++r)
       std::memcpy(to + group * 4 * kPanel + 4 * r, rows + r * bytes + 4 * group, 4);
 }
 #endif
@@ -221,18 +221,33 @@ int32_t offset_of(const int8_t* row, int64_t count) {
   return 128 * sum;
 }
 
+// Whether a strip of rows has changed since its fingerprint was taken; takes it anew.
+template <typename T>
+bool has_changed(Matrix rows, int64_t first, int64_t end, int64_t d, uint64_t& before) {
+  Fingerprint now(1);
+  for (int64_t f = first; f < end; ++f)
+    now.add(static_cast<const T*>(rows.data) + f * rows.stride, d * int64_t{sizeof(T)});
+  const uint64_t value = now.value();
+  if (value == before) return false;
+  before = value;
+  return true;
+}
+
 template <typename T, typename Packed>
 void pack_as_panels(Matrix rows, const float* powers, int64_t n_rows, int64_t d,
                     const PackedRows& out) {
-  const int64_t bytes = out.bytes, strips = (n_rows + kPanel - 1) / kPanel * (kPanel / kTurned);
+  const int64_t bytes = out.bytes, strips = (n_rows + kPanel - 1) / kPanel * (kPanel / kStrip);
 #pragma omp parallel
   {
     Packer<T, Packed> packer(rows, nullptr, powers, d, out);
-    Scratch<uint8_t> strip(kTurned * bytes);
+    Scratch<uint8_t> strip(kStrip * bytes);
 #pragma omp for schedule(static)
     for (int64_t s = 0; s < strips; ++s) {
-      for (int64_t r = 0; r < kTurned; ++r) {
-        const int64_t f = s * kTurned + r;
+      if (out.fingerprints && !has_changed<T>(rows, s * kStrip, std::min((s + 1) * kStrip, n_rows),
+                                              d, out.fingerprints[s]))
+        continue;
+      for (int64_t r = 0; r < kStrip; ++r) {
+        const int64_t f = s * kStrip + r;
         uint8_t* row = strip.get() + r * bytes;
         if (f < n_rows) {
           packer.run(f, row);

@@ -30,12 +30,20 @@ constexpr int64_t kMostRows = 256;
 constexpr int64_t kFirstPanels = 8;
 
 #if defined(__AVX512F__)
+inline F16 float_sums(const int32_t* sums) {
+  return {_mm512_castsi512_ps(_mm512_loadu_si512(sums))};
+}
 inline F16 whole_numbers(const int32_t* sums, const int32_t* offset) {
   const __m512i lanes = _mm512_loadu_si512(sums);
   if (!offset) return {_mm512_cvtepi32_ps(lanes)};
   return {_mm512_cvtepi32_ps(_mm512_sub_epi32(lanes, _mm512_loadu_si512(offset)))};
 }
 #else
+inline F16 float_sums(const int32_t* sums) {
+  float lanes[kLanes];
+  std::memcpy(lanes, sums, sizeof(lanes));
+  return load(lanes);
+}
 inline F16 whole_numbers(const int32_t* sums, const int32_t* offset) {
   float lanes[kLanes];
   for (int64_t l = 0; l < kLanes; ++l)
@@ -46,11 +54,7 @@ inline F16 whole_numbers(const int32_t* sums, const int32_t* offset) {
 
 template <ScreenKind kKind>
 inline F16 score(const PanelScreen& s, int64_t n, int64_t f, const int32_t* sums) {
-  if (kKind == ScreenKind::bfloat16) {
-    float lanes[kLanes];
-    std::memcpy(lanes, sums, sizeof(lanes));
-    return load(lanes);
-  }
+  if (kKind == ScreenKind::bfloat16) return float_sums(sums);
   // In this order no scale underflows before the result does.
   const F16 number = whole_numbers(sums, kKind == ScreenKind::int8 ? s.w_offset + f : nullptr);
   return mul(mul(number, broadcast(s.x_scale[n])), load(s.w_scale + f));
@@ -135,22 +139,30 @@ class TopK {
   }
 
   void filter(int64_t row, int64_t panel, const int32_t* sums) {
-    const int64_t n = first_ + row;
+    const int64_t n = first_ + row, begin = panel * kPanel;
+    uint32_t near[kPanel / kLanes], any = 0;
+    if (s_.scale) {
+      for (uint32_t& mask : near) mask = any = 0xffffu;
+    } else {
+      const F16 least = broadcast(least_of_panel<kBias>(s_, n, panel, state_.thresholds[n]));
+      for (int64_t v = 0; v < kPanel / kLanes; ++v) {
+        const int64_t f = begin + v * kLanes;
+        const F16 sum = score<kKind>(s_, n, f, sums + v * kLanes);
+        near[v] = not_less_equal(kBias ? add(sum, load(s_.b_enc + f)) : sum, least);
+        any |= near[v];
+      }
+    }
+    if (!any) return;
     const RowBounds of_row = bounds_of(s_, n);
-    F16 threshold = broadcast(state_.thresholds[n]);
-    const F16 least = broadcast(least_of_panel<kBias>(s_, n, panel, state_.thresholds[n]));
-    const int64_t begin = panel * kPanel, end = std::min(begin + kPanel, s_.d_sae);
-    for (int64_t f = begin; f < end; f += kLanes) {
-      const F16 sum = score<kKind>(s_, n, f, sums + (f - begin));
-      const F16 pre = kBias ? add(sum, load(s_.b_enc + f)) : sum;
-      if (!s_.scale && !not_less_equal(pre, least)) continue;
-      Interval lanes = interval_at<kBias>(s_, of_row, sum, f);
+    for (int64_t v = 0; v < kPanel / kLanes; ++v) {
+      const int64_t f = begin + v * kLanes;
+      if (!near[v] || f >= s_.d_sae) continue;
+      Interval lanes = interval_at<kBias>(s_, of_row, score<kKind>(s_, n, f, sums + v * kLanes), f);
       if (s_.scale) lanes = scaled(lanes, of_row, load(s_.scale + f));
+      const F16 threshold = broadcast(state_.thresholds[n]);
       const uint32_t mask =
           not_less_equal(add(lanes.pre, lanes.error), threshold) & valid_lanes(s_, f);
-      if (!mask) continue;
-      if (!add_candidates(row, lanes, mask, f)) return;
-      threshold = broadcast(state_.thresholds[n]);
+      if (mask && !add_candidates(row, lanes, mask, f)) return;
     }
   }
 
@@ -210,14 +222,6 @@ class AboveThreshold {
   int64_t first_;
 };
 
-// Asks for this tile's share of the next panel, which then comes while the tiles are multiplied.
-inline void prefetch(const uint8_t* panel, int64_t bytes, int64_t row, int64_t count,
-                     int64_t tile_rows) {
-  const int64_t begin = bytes * row / count / 64 * 64;
-  const int64_t end = std::min(bytes, bytes * (row + tile_rows) / count);
-  for (int64_t b = begin; b < end; b += 64) __builtin_prefetch(panel + b, 0, 2);
-}
-
 // All panels for a block of rows, on one thread.
 template <typename Rule>
 void run_block(const PanelScreen& s, const PanelProducts& products, Rule& rule, int64_t first,
@@ -227,8 +231,6 @@ void run_block(const PanelScreen& s, const PanelProducts& products, Rule& rule, 
   products.begin();
   for (int64_t p = 0; p < panels; ++p) {
     for (int64_t r = 0; r < count; r += products.rows) {
-      if (p + 1 < panels)
-        prefetch(s.w + (p + 1) * kPanel * s.bytes, kPanel * s.bytes, r, count, products.rows);
       products.multiply(s.x + (first + r) * s.bytes, s.w + p * kPanel * s.bytes, s.bytes, sums);
       const int64_t rows = std::min(products.rows, count - r);
       for (int64_t i = 0; i < rows; ++i)

@@ -1,12 +1,15 @@
-"""The screen of encode_topk on a CPU: a GEMM by chunks of latents, of any precision, and what it may be trusted for.
+"""The screen of encode_topk on a CPU: products of any precision, and what they may be trusted for.
 
-The scores of a chunk only decide which latents could still be among the winners; `csrc/cpu/encode.cpp` keeps
-those, by the bound of docs/maths.md ("Certified selection"), and computes each kept value anew by the one defined
-dot product. So the GEMM is PyTorch's own, in bfloat16 where the processor multiplies bfloat16 natively, and the
-result is the same to the bit whichever ran. Another screen (integer products, say) needs a `_scores` and its bound.
+Scores only decide which latents could still be among the winners; `csrc/cpu/encode.cpp` keeps those, by the bound of
+docs/maths.md ("Certified selection"), and computes each kept value anew by the one defined dot product. The result is
+the same to the bit whichever screen ran:
+
+    one pass (`screen_panels`)   bfloat16, int8 or int16, compared as they are made: the fastest on x86
+    chunks of latents            PyTorch's own product, float32: elsewhere, and for rows that overflow the others
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fastsae.backends import native
+from fastsae.backends.packed_encoders import packed_encoder, rest, resting
 from fastsae.backends.screen_common import _DTYPES, _address, _gamma, _State
-from fastsae.backends.screen_panels import Kind, PackedEncoder, Panels, powers_of_two
+from fastsae.backends.screen_panels import Kind, Panels, powers_of_two
 
 # Scores of one chunk: 1,024 rows x 512 latents are 1 MiB in bfloat16 and stay in the second-level cache between
 # the GEMM and the selection; halves of either cost the GEMM more in packing.
@@ -29,7 +33,9 @@ _FEWEST_ROWS_TO_RESCREEN = 8
 
 # Rows that share a walk through W_enc, and the memory for their candidates.
 _PANEL_ROWS = 1024
-# The one-pass screen that measured fastest on each instruction set.
+# The one-pass screen that measured fastest on each instruction set: D = 768, F = 24,576, k = 32, N = 2,048 on two cores
+# of Sapphire Rapids, milliseconds of encode_topk in bfloat16 / int8 / int16: 91 / 130 / - by tile registers, 537 / 142
+# / 148 by AVX-512 with VNNI (its instruction for bfloat16 is slower by far); by float32 products 400 to 470.
 _FASTEST = {
     "avx512_amx": torch.bfloat16,
     "avx512_bf16": torch.int8,
@@ -38,6 +44,12 @@ _FASTEST = {
 }
 # Values of a row's `redo` flag, as csrc/include/fastsae/abi.h names them.
 _EXHAUSTIVE, _OVERFLOWED, _LEFT_OUT = 1, 2, 3
+_PATHS = {0: "screened", 1: "every value computed", 2: "every value computed", 3: "overflowed"}
+# With more rows than this share overflowing, the coarse screen has cost more than it saved.
+_MOST_OVERFLOWING = 0.25
+
+# Rows of encode_topk in this process, by the dtype of a screen and what became of them there; `explain` shows them.
+served: Counter[tuple[str, str]] = Counter()
 
 
 def _float32_matmul_is_reduced() -> bool:
@@ -165,6 +177,9 @@ class Screen:
         self.dtype = dtype or screen_dtype()
         self.d_sae = w_enc.shape[0]
         self.exhaustive = self.d_sae < max(_FEWEST_LATENTS, _FEWEST_LATENTS_PER_PICK * k)
+        # Asked for a second time, of rows that overflowed a coarser screen, the dtype is named.
+        if self.dtype == torch.int8 and dtype is None and not self.exhaustive and resting(w_enc, Kind.int8):
+            self.dtype = torch.int16
         self.kind = Kind.__members__.get(str(self.dtype).removeprefix("torch."))
 
     def run(self, values: Tensor, indices: Tensor) -> None:
@@ -183,6 +198,9 @@ class Screen:
             state.reset()
             select(x, state)
             overflowed = self._overflowed(state, x.shape[0])
+            self._count(state, x.shape[0])
+            if self.kind is Kind.int8 and overflowed is not None and len(overflowed) > _MOST_OVERFLOWING * len(x):
+                rest(self.w_enc, Kind.int8)
             self._finish(x, state, values[block], indices[block])
             if overflowed is None:
                 continue
@@ -206,6 +224,12 @@ class Screen:
         state.redo[overflowed] = _LEFT_OUT
         return overflowed
 
+    def _count(self, state: _State, n: int) -> None:
+        paths = state.redo[:n].bincount(minlength=4).tolist()
+        for path, name in _PATHS.items():
+            if paths[path]:
+                served[str(self.dtype).removeprefix("torch."), name] += paths[path]
+
     def _select_nothing(self, x: Tensor, state: _State) -> None:
         state.redo.fill_(_EXHAUSTIVE)
 
@@ -214,7 +238,7 @@ class Screen:
         x_powers, w_powers = None, None
         if self.kind is Kind.int8 and len(self.x):
             x_powers, w_powers = powers_of_two(self.x, self.b_dec, self.w_enc) or (None, None)
-        panels = Panels(PackedEncoder(self.w_enc, self.kind, w_powers), self.b_enc, self.b_dec, x_powers)
+        panels = Panels(packed_encoder(self.w_enc, self.kind, w_powers), self.b_enc, self.b_dec, x_powers)
         return lambda x, state: panels.select(x, self.k, self.scale, state)
 
     def _products(self) -> Callable[[Tensor, _State], None]:

@@ -24,6 +24,8 @@ LANES = 16
 # A tile of x has at most so many rows.
 _MOST_TILE_ROWS = 32
 _BYTES = 64
+# Rows of W_enc that share a fingerprint.
+_STRIP = 16
 # Sums of int32 hold 255 · 127 of so many dimensions.
 _MOST_DIMENSIONS_OF_INT8 = (2**31 - 1) // (255 * 127)
 # Tokens and latents whose root mean squares decide how dimensions are made even.
@@ -52,18 +54,10 @@ class Kind(IntEnum):
 
 
 class _Packed:
-    """Rows in one of the layouts of `csrc/cpu/pack_panels.cpp`, and what is known of each."""
+    """Memory for n rows in one of the layouts of `csrc/cpu/pack_panels.cpp`, and for what is known of each."""
 
-    def __init__(
-        self,
-        rows: Tensor,
-        kind: Kind,
-        shift: Tensor | None,
-        powers: Tensor | None,
-        by_panels: bool,
-        not_finite: Tensor | None = None,
-    ):
-        n, d = rows.shape
+    def __init__(self, n: int, d: int, kind: Kind, powers: Tensor | None, by_panels: bool):
+        self.kind, self.powers, self._d, self._by_panels = kind, powers, d, by_panels
         self.bytes = -(-d * kind.itemsize // _BYTES) * _BYTES
         padded = -(-n // _PANEL) * _PANEL if by_panels else n
         more = 0 if by_panels else _MOST_TILE_ROWS
@@ -71,14 +65,25 @@ class _Packed:
         self.scale, self.norm, self.residual = torch.empty(3, padded)
         self.true_norm = torch.zeros(padded)
         self.offset = torch.empty(padded, dtype=torch.int32) if by_panels and kind is Kind.int8 else None
+        self._fingerprints = torch.zeros(padded // _STRIP, dtype=torch.int64) if by_panels else None
+
+    def pack(self, rows: Tensor, shift: Tensor | None = None, not_finite: Tensor | None = None) -> None:
+        """Packs the rows; panels that hold them already stay as they are."""
         native.cpu.pack_panels(
-            _address(rows), rows.stride(0), _DTYPES[rows.dtype], _address(shift), _address(powers), n, d, kind,
-            by_panels, _address(self.packed), self.bytes, _address(self.scale), _address(self.norm),
-            _address(self.residual), _address(self.true_norm), _address(self.offset), _address(not_finite),
+            _address(rows), rows.stride(0), _DTYPES[rows.dtype], _address(shift), _address(self.powers), len(rows),
+            self._d, self.kind, self._by_panels, _address(self.packed), self.bytes, _address(self.scale),
+            _address(self.norm), _address(self.residual), _address(self.true_norm), _address(self.offset),
+            _address(not_finite), _address(self._fingerprints),
         )  # fmt: skip
-        # An entry that is subnormal, or made so by a power of two, may be read as zero: each hides at most 2⁻¹²⁶.
-        if powers is not None or kind is Kind.bfloat16:
-            self.residual += torch.where(self.norm > 0, d**0.5 * 2.0**-126, 0.0)
+
+    def residual_above(self) -> Tensor:
+        """Upper bounds of what the product loses of a row.
+
+        An entry that is subnormal, or made so by a power of two, may be read as zero: each hides at most 2⁻¹²⁶.
+        """
+        if self.powers is None and self.kind is not Kind.bfloat16:
+            return self.residual
+        return self.residual + torch.where(self.norm > 0, self._d**0.5 * 2.0**-126, 0.0)
 
 
 def powers_of_two(x: Tensor, b_dec: Tensor | None, w_enc: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -108,21 +113,26 @@ def _largest_of_panels(of_latents: Tensor) -> Tensor:
 class PackedEncoder:
     """W_enc [d_sae, d_in] by panels of 64 latents."""
 
-    def __init__(self, w_enc: Tensor, kind: Kind, powers: Tensor | None):
-        self.kind, self.powers = kind, powers
-        self.d_sae, self.d = w_enc.shape
-        w = _Packed(w_enc, kind, None, powers, by_panels=True)
+    def __init__(self, d_sae: int, d: int, kind: Kind, powers: Tensor | None):
+        self.kind, self.powers, self.d_sae, self.d = kind, powers, d_sae, d
+        self._memory = w = _Packed(d_sae, d, kind, powers, by_panels=True)
         self.bytes, self.packed, self.scale, self.offset = w.bytes, w.packed, w.scale, w.offset
+
+    def pack(self, w_enc: Tensor) -> None:
+        """Makes this the packed form of w_enc: what has changed since the last time is packed again."""
+        w = self._memory
+        w.pack(w_enc)
+        residual = lost = w.residual_above()
         # The defined dot product's own rounding. It works on W_enc itself, whose norms are not those of the evened one.
-        value, residual = _gamma(self.d // 16 + 8), w.residual
+        value = _gamma(self.d // 16 + 8)
         self.value_rounding = 0.0
-        if powers is None:
+        if self.powers is None:
             residual = residual + w.norm * value
         else:
             largest = w.true_norm[w.true_norm.isfinite()]
             self.value_rounding = value * float(largest.max()) * (1 + 1e-5) if len(largest) else 0.0
-        if kind is Kind.bfloat16:
-            residual = residual + (w.norm + w.residual) * _gamma(self.d + 2)
+        if self.kind is Kind.bfloat16:
+            residual = residual + (w.norm + lost) * _gamma(self.d + 2)
         # The sums above are of a few float32 operations each: 1e-5 covers their own rounding.
         self.norm, self.residual = w.norm * (1 + 1e-5), residual * (1 + 1e-5)
         self.most_norm, self.most_residual = _largest_of_panels(self.norm), _largest_of_panels(self.residual)
@@ -143,10 +153,12 @@ class Panels:
     def _arguments(self, x: Tensor, not_finite: Tensor) -> tuple[tuple, list[Tensor]]:
         """What the kernels take, and the tensors that must live as long."""
         w = self.w
-        rows = _Packed(x, w.kind, self.b_dec, self._x_powers, by_panels=False, not_finite=not_finite)
-        norm = (rows.norm + rows.residual) * (1 + 1e-5)
+        rows = _Packed(*x.shape, w.kind, self._x_powers, by_panels=False)
+        rows.pack(x, self.b_dec, not_finite)
+        residual = rows.residual_above()
+        norm = (rows.norm + residual) * (1 + 1e-5)
         absolute = rows.true_norm * w.value_rounding + (2 * w.d + 16) * 2.0**-126
-        of_x = [rows.packed, rows.scale, norm, rows.residual, absolute]
+        of_x = [rows.packed, rows.scale, norm, residual, absolute]
         of_w = [w.packed, w.scale, w.offset, w.norm, w.residual]
         of_panels = [w.most_norm, w.most_residual, self._most_bias]
         # Three roundings on the way from an exact sum to its score, of 2⁻²⁴ each, and room to spare.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsae.backends import native
+from fastsae.backends.packed_encoders import packed_encoder
 from fastsae.backends.screen import (
     _DTYPES,
     _LATENTS,
@@ -25,7 +26,7 @@ from fastsae.backends.screen import (
     scored_chunks,
     screen_dtype,
 )
-from fastsae.backends.screen_panels import LANES, Kind, PackedEncoder, Panels
+from fastsae.backends.screen_panels import LANES, Kind, Panels
 
 # The share of a chunk that is kept from which on the next goes without a screen. N = 2,048, D = 768, F = 24,576 on two
 # cores, milliseconds with a bfloat16 screen / with a float32 screen / without: 685 / 932 / 884 to 970 at a share of
@@ -118,7 +119,7 @@ class ThresholdScreen:
 
     @cached_property
     def _panels(self) -> Panels:
-        return Panels(PackedEncoder(self.w_enc, self._kind, None), self.b_enc, self.b_dec, None)
+        return Panels(packed_encoder(self.w_enc, self._kind), self.b_enc, self.b_dec, None)
 
     @cached_property
     def _chunks(self) -> "_ChunkMemory":

@@ -76,8 +76,9 @@ enum class ScreenKind : int32_t { bfloat16 = 0, int8 = 1, int16 = 2 };
 // What pack_panels writes, a number for each row: `packed` in one of its two layouts, the row's
 // scale, upper bounds of its norm after and before evening (`true_norm`, may be null) and of what
 // packing loses; for panels of int8 `offset`, 128 times the sum of a row's integers. `bytes` is the
-// length of a packed row, a multiple of 64.
-constexpr int64_t kPanel = 64;
+// length of a packed row, a multiple of 64. For panels `fingerprints`, one for each kStrip rows, of
+// what was packed last: where they are the same nothing is written. Null: all is packed.
+constexpr int64_t kPanel = 64, kStrip = 16;
 struct PackedRows {
   void* packed;
   int64_t bytes;
@@ -87,6 +88,7 @@ struct PackedRows {
   float* true_norm;
   int32_t* offset;
   uint8_t* not_finite;
+  uint64_t* fingerprints;
 };
 
 // x [n_rows, bytes] and W_enc by panels as pack_panels writes them, with what is known of their
