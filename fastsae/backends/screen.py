@@ -64,7 +64,7 @@ def screen_dtype() -> torch.dtype:
     """That of encode_topk's screen: what FASTSAE_SCREEN names, or the fastest of the instruction set in use."""
     name = os.environ.get("FASTSAE_SCREEN")
     if name is None:
-        return _FASTEST.get(native.cpu.isa(), product_dtype())
+        return _FASTEST.get(native.cpu and native.cpu.isa(), product_dtype())
     if name not in ("float32", *Kind.__members__):
         raise ValueError(f"FASTSAE_SCREEN={name!r}: expected float32, {', '.join(Kind.__members__)}")
     return getattr(torch, name)
