@@ -1,7 +1,8 @@
-"""Does a screen ever change what encode_topk selects? Millions of rows against the path that computes every value.
+"""Does a screen ever change what an encoder selects? Millions of rows against the path that computes every value.
 
     python benchmarks/fuzz_selection.py                                     # 200,000 rows: a first look
     python benchmarks/fuzz_selection.py --rows 10000000 --out benchmarks/results/fuzz_selection/NAME.json
+    python benchmarks/fuzz_selection.py --rule threshold                    # encode_threshold in place of encode_topk
 
 Every problem is drawn by its number, in sizes off every block, and then made difficult (`SPOILERS`). For each screen of
 this machine values and indices must be those of the exhaustive path to the bit; what differs is counted, printed with
@@ -15,14 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
 from rich.progress import track
 from torch import Tensor
 
+from fastsae.backends import native
 from fastsae.backends.screen import Screen
+from fastsae.backends.screen_threshold import ThresholdScreen
 from fastsae.bench import machine
 from fastsae.durable import replace_file
 
@@ -169,6 +172,38 @@ def selected(p: Problem, dtype: torch.dtype, exhaustive: bool) -> tuple[Tensor, 
     return values, indices
 
 
+def above_threshold(p: Problem, threshold: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    """encode_threshold by the screen of this dtype, or, with None, by every value."""
+    screen = ThresholdScreen(p.x, p.w_enc, p.b_enc, p.b_dec, threshold)
+    screen.use(dtype)
+    return screen.run()
+
+
+def threshold_disagreements(p: Problem) -> Counter:
+    """As `disagreements`, of encode_threshold with thresholds about the k-th largest value of some row."""
+    values, _ = selected(p, torch.float32, True)
+    last = values[:, -1].float()
+    some = last[torch.linspace(0, len(last) - 1, len(p.w_enc)).long()]
+    threshold = some.nan_to_num(nan=0.0, posinf=1.0, neginf=-1.0) if p.scale is None else p.scale - 1
+    expected = above_threshold(p, threshold, None)
+    found: Counter = Counter()
+    for dtype in (torch.int16, torch.bfloat16, torch.float32):
+        actual = above_threshold(p, threshold, dtype)
+        found[str(dtype)[6:]] += differing_rows(actual, expected)
+    return found
+
+
+def differing_rows(actual: tuple[Tensor, Tensor, Tensor], expected: tuple[Tensor, Tensor, Tensor]) -> int:
+    """Rows of two ragged results (values, indices, offsets) that are not the same to the bit, NaN aside."""
+    count = expected[2].diff()
+    rows = actual[2].diff() != count
+    if actual[2].equal(expected[2]):
+        same = (actual[0] == expected[0]) | (actual[0].isnan() & expected[0].isnan())
+        tokens = torch.arange(len(count)).repeat_interleave(count)
+        rows[tokens[~(same & (actual[1] == expected[1]))]] = True
+    return int(rows.sum())
+
+
 def disagreements(p: Problem) -> Counter:
     """Rows whose values or indices differ from those of the exhaustive path, by screen."""
     values, indices = selected(p, torch.float32, True)
@@ -183,16 +218,18 @@ def disagreements(p: Problem) -> Counter:
 def main(
     rows: Annotated[int, typer.Option(min=1, help="Rows to go through, each by every screen.")] = 200_000,
     seed: Annotated[int, typer.Option(help="Another seed draws other problems.")] = 0,
+    rule: Annotated[Literal["topk", "threshold"], typer.Option(help="Which encoder.")] = "topk",
     out: Annotated[Path | None, typer.Option(help="Write the record to this file.")] = None,
 ) -> None:
     """Compares every screen's selection with that of the exhaustive path, to the bit."""
+    compare = {"topk": disagreements, "threshold": threshold_disagreements}[rule]
     began, described = datetime.now(timezone.utc).isoformat(timespec="seconds"), machine.describe()
     start, done, number = time.perf_counter(), 0, 0
-    wrong, spoiled = Counter({str(dtype)[6:]: 0 for dtype in SCREENS}), Counter()
+    wrong, spoiled = Counter(), Counter()
     steps = track(range(10**9), total=None, description="rows", transient=True) if rows > 10**6 else range(10**9)
     for number in steps:
         problem = draw(seed, number)
-        found = disagreements(problem)
+        found = compare(problem)
         if any(found.values()):
             typer.echo(f"--seed {seed}, problem {number} ({', '.join(problem.spoiled)}): {dict(found)} rows differ")
         wrong.update(found)
@@ -208,6 +245,8 @@ def main(
             "machine": described,
             "versions": machine.versions(),
             "commit": machine.commit(),
+            "instruction_set": native.cpu.isa(),
+            "rule": rule,
             "seed": seed,
             "problems": number + 1,
             "rows": done,

@@ -109,13 +109,18 @@ class ThresholdScreen:
 
     def __init__(self, x: Tensor, w_enc: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, threshold: Tensor):
         self.x, self.w_enc, self.b_enc, self.b_dec, self.threshold = x, w_enc, b_enc, b_dec, threshold
-        self.dtype = product_dtype()
         self._counts = torch.empty(x.shape[0], dtype=torch.int64)
         self._values, self._indices = _Growing(x.dtype), _Growing(torch.int32)
         self._share = 0.0
-        kind = Kind.__members__.get(str(screen_dtype()).removeprefix("torch."))
-        # Each dimension's power of two would make int8's thresholds those of other latents.
+        self.use(screen_dtype())
+
+    def use(self, dtype: torch.dtype | None) -> None:
+        """Screens in this dtype (int16 for int8), or, with None, not at all."""
+        kind = Kind.__members__.get(str(dtype).removeprefix("torch."))
         self._kind = Kind.int16 if kind is Kind.int8 else kind
+        # Of the chunks, which serve what a one-pass screen cannot.
+        self.dtype = torch.float32 if dtype in (torch.float32, None) else product_dtype()
+        self._screened = dtype is not None
 
     @cached_property
     def _panels(self) -> Panels:
@@ -186,7 +191,7 @@ class ThresholdScreen:
         w_enc = self.w_enc[first : first + _LATENTS]
         latents = slice(first, first + w_enc.shape[0])
         scores, bounds = None, (0, 0, 0, 0, 0.0, 0.0)
-        if self._share < _SCREEN_SPARES_NOTHING[self.dtype]:
+        if self._screened and self._share < _SCREEN_SPARES_NOTHING[self.dtype]:
             chunk = next(scored_chunks(rows.packed, w_enc, self._chunks.pack_w, self._chunks.scores, self.dtype))
             scores, bounds = chunk.scores, chunk.bounds()
         counts = torch.empty(n, dtype=torch.int32)

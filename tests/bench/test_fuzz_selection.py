@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from fastsae.backends import native
 from fastsae.backends.screen import Screen
+from fastsae.backends.screen_panels import Kind
+from fastsae.backends.screen_threshold import ThresholdScreen
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,18 +26,33 @@ def fuzz():
     return module
 
 
-def test_screens_agree(fuzz):
+@pytest.mark.parametrize("rule", ["disagreements", "threshold_disagreements"])
+def test_screens_agree(fuzz, rule):
     rows = 0
-    for number in range(40):
+    for number in range(30):
         problem = fuzz.draw(1, number)
         rows += len(problem.x)
-        assert not any(fuzz.disagreements(problem).values()), (number, problem.spoiled)
+        assert not any(getattr(fuzz, rule)(problem).values()), (number, problem.spoiled)
     assert rows > 20_000
 
 
 def test_every_spoiler_is_drawn(fuzz):
     drawn = {name for number in range(200) for name in fuzz.draw(0, number).spoiled}
     assert drawn == set(fuzz.SPOILERS)
+
+
+def test_a_wrong_threshold_is_found_out(fuzz, monkeypatch):
+    run = ThresholdScreen.run
+
+    def wrong(self):
+        values, indices, offsets = run(self)
+        if self._kind is Kind.int16 and len(values):
+            values[0] += 1
+        return values, indices, offsets
+
+    monkeypatch.setattr(ThresholdScreen, "run", wrong)
+    problem = next(p for p in (fuzz.draw(0, number) for number in range(50)) if not p.spoiled)
+    assert fuzz.threshold_disagreements(problem) == {"int16": 1, "bfloat16": 0, "float32": 0}
 
 
 def test_a_wrong_screen_is_found_out(fuzz, monkeypatch, tmp_path):
