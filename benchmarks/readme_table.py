@@ -58,7 +58,7 @@ def _heading(path: Path, result: Result, measurement: Measurement) -> str:
         f"{measurement.dtype}, on {machine['cpu']} with {result.settings['threads']} threads; torch "
         f"{result.versions['torch']}, {commit}, {result.date[:10]}. Medians of {result.settings['rounds']} interleaved "
         f"rounds; an encoder GEMM is `x @ W_enc` timed in the same round. Peak memory is beyond parameters, gradients, "
-        f"optimizer state and x. From {link}."
+        f"optimizer state, x and the packed W_enc that the screens keep (at most 2 bytes an entry). From {link}."
     )
 
 
@@ -82,7 +82,7 @@ def architectures(folder: Path = RESULTS) -> str:
         f"d_in {shape['d_in']:,}, d_sae {shape['d_sae']:,}, {shape['n_tokens']:,} tokens, on {machine['cpu']} with "
         f"{result.settings['threads']} threads; torch {result.versions['torch']}, {commit}, {result.date[:10]}. "
         f"Medians of {result.settings['rounds']} interleaved rounds; peak memory beyond parameters, gradients, Adam's "
-        f"state and x. From [{name}](benchmarks/results/architectures/{name}).",
+        f"state, x and the packed W_enc that the screens keep. From [{name}](benchmarks/results/architectures/{name}).",
         "",
         "| architecture | L0 | dense ms | fastsae ms | ratio | dense memory | fastsae memory |",
         "|---|--:|--:|--:|--:|--:|--:|",

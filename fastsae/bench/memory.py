@@ -2,7 +2,8 @@
 
 On a CPU a child process makes the problem, warms up until gradients and optimizer state exist, notes its resident
 memory, resets the peak that Linux keeps (5 into /proc/self/clear_refs), runs the phase once and reads the peak
-(VmHWM). What is above the noted memory is what the phase took beyond parameters, gradients, optimizer state and x.
+(VmHWM). What is above the noted memory is what the phase took beyond parameters, gradients, optimizer state and x,
+and beyond the packed W_enc that the screens keep from call to call (2 bytes an entry; int8: 1).
 (On a GPU torch's allocator counts, in the process that timed: beyond what is allocated.) With MALLOC_MMAP_THRESHOLD_
 at 64 KiB every block of that size or more goes back to the system when it is freed.
 """
