@@ -121,6 +121,6 @@ class Deferred(torch.Tensor):
 
 def _refuse(*_: Tensor) -> None:
     raise RuntimeError(
-        "fastsae's stand-in for dense activations went through an autograd.Function, and its gradient would be lost: give "
-        "your autograd.Function `activations + 0`, or undo fastsae.accelerate with fastsae.restore"
+        "fastsae's stand-in for dense activations went through an autograd.Function, and its gradient would be lost: "
+        "give your autograd.Function `activations + 0`, or undo fastsae.accelerate with fastsae.restore"
     )

@@ -23,10 +23,6 @@ def rebound(function: Callable, **helpers: Callable) -> FunctionType:
         function.__defaults__,
         function.__closure__,
     )
-    copy.__kwdefaults__, copy.__doc__, copy.__qualname__ = (
-        function.__kwdefaults__,
-        function.__doc__,
-        function.__qualname__,
-    )
-    copy.__module__ = function.__module__
+    for attribute in ("__kwdefaults__", "__doc__", "__qualname__", "__module__"):
+        setattr(copy, attribute, getattr(function, attribute))
     return copy

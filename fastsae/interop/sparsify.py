@@ -1,8 +1,8 @@
 """sparsify's SparseCoder on fastsae's operators.
 
-`fastsae.accelerate` gives a coder (or every coder of a Trainer) a class that derives from SparseCoder. The library's own
-`forward` and `decode` run, with fastsae's sparse product in place of theirs; `encode` selects without a [N, F] tensor;
-and pre-activations are `PreActivations`, which AuxK and Multi-TopK ask for a few of the largest.
+`fastsae.accelerate` gives a coder (or every coder of a Trainer) a class that derives from SparseCoder. The library's
+own `forward` and `decode` run, with fastsae's sparse product in place of theirs; `encode` selects without a [N, F]
+tensor; and pre-activations are `PreActivations`, which AuxK and Multi-TopK ask for a few of the largest.
 
 The library's encoder drops gradients (1.3.3, fused_encoder.py): nothing reaches it from pre-activations, so AuxK and
 Multi-TopK train the decoder alone; and a latent that is kept with activation 0 learns as if ReLU had not cut it. By

@@ -4,7 +4,7 @@
 
     trainSAE(data, trainer_configs=[{"trainer": TopKTrainer, "dict_class": AutoEncoderTopK, ...}], ...)
 
-Every class here has the name of the library's that it derives from, takes the same arguments, and writes the same files.
+Every class has the name of the library's that it derives from, takes the same arguments and writes the same files.
 """
 
 from dictionary_learning.dictionary import Dictionary
@@ -77,9 +77,8 @@ def accelerate(sae: Dictionary | SAETrainer) -> None:
         take_over(sae)
     else:
         kind = type(sae)
-        reason = (
-            f"{kind.__module__}.{kind.__qualname__} is none of the library's classes that fastsae has an encoder for"
-        )
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        reason = f"{name} is none of the library's classes that fastsae has an encoder for"
         attach(sae, Record(NAME, kind, why_not=reason))
 
 

@@ -35,7 +35,7 @@ _SAMPLE = 32
 
 
 class _Dictionary(library.Dictionary):
-    """Mixed in before a class of the library. (Python lets an object change its class only among such as share a base.)"""
+    """Mixed in before a class of the library. (Python lets an object change only to a class of the same bases.)"""
 
     original: ClassVar[type]
     _op: ClassVar[str]

@@ -1,7 +1,7 @@
 """dictionary_learning's trainers, with what they do to [d_in, d_sae] weights in each step in one pass over memory.
 
-Their own `update`, `loss` and auxiliary losses run. What differs is the dictionary (see dictionaries.py), the two helpers
-by which `update` keeps decoder columns at unit norm, and the optimizer's step (see optimizers.py).
+Their own `update`, `loss` and auxiliary losses run. What differs is the dictionary (see dictionaries.py), the two
+helpers by which `update` keeps decoder columns at unit norm, and the optimizer's step (see optimizers.py).
 """
 
 from collections import namedtuple
