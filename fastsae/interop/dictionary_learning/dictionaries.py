@@ -28,7 +28,8 @@ from fastsae.saes.ragged import at_entries, wide
 
 NAME = "dictionary_learning"
 # A ReLU, JumpReLU or Gated dictionary may have half of its latents active, most of all before it has learnt anything.
-# At D = 768, F = 24,576 and 1,024 tokens a step by codes took less time than a dense one up to this share of them.
+# Forward and backward of StandardTrainer at D = 768, F = 24,576 and 1,024 tokens on one core took 0.13 of the library's
+# time with 1 % of the latents active, 0.43 with 4 %, 0.9 with 8 and 12 %, and 1.2 with 16 to 50 %.
 MOST_DENSE = 0.12
 # Tokens that are looked at to find out.
 _SAMPLE = 32
