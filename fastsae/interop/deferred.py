@@ -84,14 +84,15 @@ class Deferred(torch.Tensor):
             device = self.device.type
             with torch.set_grad_enabled(gradients), torch.autocast(device, dtype=autocast_dtype, enabled=autocast):
                 fields["_dense"] = fields["_make"]()
-            fields["_version_made"] = fields["_dense"]._version
+            fields["_version_made"] = _version(fields["_dense"])
         return fields["_dense"]
 
     @property
     def is_untouched(self) -> bool:
         """Whether the entries are still what `make` gives: nobody has written to the dense tensor."""
-        dense = self.__dict__["_dense"]
-        return dense is None or dense._version == self.__dict__["_version_made"]
+        dense, made = self.__dict__["_dense"], self.__dict__["_version_made"]
+        # Of a tensor of inference mode nobody counts the writes.
+        return dense is None or (made is not None and _version(dense) == made)
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -117,6 +118,10 @@ class Deferred(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         args, kwargs = pytree.tree_map_only(Deferred, lambda t: Deferred.dense(t, str(func)), (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _refuse(*_: Tensor) -> None:

@@ -363,3 +363,36 @@ def test_trainer(options, tmp_path, monkeypatch):
     for name, parameter in before.saes["h.0"].named_parameters():
         torch.testing.assert_close(coder.get_parameter(name), parameter)
     assert (tmp_path / "True" / "unnamed" / "h.0" / "sae.safetensors").exists()
+
+
+def test_the_kernel_chosen_at_import_is_not_asked(coder, monkeypatch):
+    """The library takes Triton's where triton can be imported, whatever device its tensors are on."""
+
+    def refused(*_):
+        raise AssertionError("decoder_impl was called")
+
+    monkeypatch.setattr(sparsify.sparse_coder, "decoder_impl", refused)
+    x, dead = torch.randn(37, D_IN), dead_latents(15)
+    with pytest.raises(AssertionError, match="decoder_impl"):
+        coder(x)
+    fastsae.accelerate(coder)
+    out = coder(x, dead_mask=dead)
+    (out.fvu + out.auxk_loss).backward()
+
+
+def test_in_inference_mode(coder):
+    x = torch.randn(37, D_IN)
+    with torch.inference_mode():
+        expected = coder.encode(x)
+        output = coder(x).sae_out
+        fastsae.accelerate(coder)
+        found = coder.encode(x)
+        torch.testing.assert_close(coder(x).sae_out, output)
+        torch.testing.assert_close(found.pre_acts + 0, expected.pre_acts)
+        torch.testing.assert_close(found.pre_acts.topk(5).values, expected.pre_acts.topk(5).values)
+
+
+def test_an_empty_batch(coder):
+    expected = coder.encode(torch.randn(0, D_IN))
+    found = fastsae.accelerate(coder).encode(torch.randn(0, D_IN))
+    assert [part.shape for part in found] == [part.shape for part in expected]
