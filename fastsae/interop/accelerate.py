@@ -2,7 +2,8 @@
 
 Each library has an adapter, a module of `fastsae.interop` with
 
-    saes_in(obj) -> list[nn.Module]     the library's SAEs that obj is or holds, none if it knows nothing of obj
+    saes_in(obj) -> list                the library's SAEs that obj is or holds, none if it knows nothing of obj; and a
+                                        trainer itself, where that has code of its own to accelerate
     accelerate(sae, **options) -> None  gives the module a class of fastsae's that derives from its own
     restore(sae) -> None                gives it its own class back
 

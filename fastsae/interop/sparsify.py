@@ -10,6 +10,8 @@ default both stay as they are; `fastsae.accelerate(coder, fix_gradients=True)` g
 """
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from sparsify.fused_encoder import EncoderOutput
@@ -17,6 +19,7 @@ from sparsify.sparse_coder import SparseCoder
 from sparsify.trainer import Trainer
 from torch import Tensor, nn
 
+from fastsae.interop import schedule_free
 from fastsae.interop.directions import normalize_, project_
 from fastsae.interop.places import values_at
 from fastsae.interop.pre_activations import PreActivations
@@ -28,7 +31,7 @@ from fastsae.ops.encode import encode_topk_op
 from fastsae.ops.encode_groupmax import encode_groupmax_op
 
 NAME = "sparsify"
-_FIXES = "_fastsae_fixes_gradients"
+_FIXES, _BEFORE = "_fastsae_fixes_gradients", "_fastsae_undo"
 # Multi-TopK reads out so many times k.
 _MULTI_K = 4
 
@@ -120,17 +123,25 @@ class FastSparseCoder(SparseCoder):
         project_(self.W_dec.grad, self.W_dec.data, eps=None)
 
 
-def saes_in(obj: object) -> list[nn.Module]:
-    """The coders that obj is or holds: a SparseCoder, a Trainer, or a module with some inside."""
+def saes_in(obj: object) -> list:
+    """The coders that obj is or holds; of a Trainer its coders and the Trainer itself, whose optimizers are mended."""
     if isinstance(obj, Trainer):
-        return [sae for sae in obj.saes.values() if isinstance(sae, SparseCoder)]
+        return [*(sae for sae in obj.saes.values() if isinstance(sae, SparseCoder)), obj]
     modules = obj.modules() if isinstance(obj, nn.Module) else ()
     return [module for module in modules if isinstance(module, SparseCoder)]
 
 
-def accelerate(sae: SparseCoder, *, fix_gradients: bool = False) -> None:
-    """Gives a coder fastsae's class in place of its own; `fix_gradients` as the module's docstring says."""
+def accelerate(sae: SparseCoder | Trainer, *, fix_gradients: bool = False) -> None:
+    """Gives a coder fastsae's class in place of its own; `fix_gradients` as the module's docstring says.
+
+    Of a Trainer the optimizers: `signum` goes through memory once a step (see fastsae.interop.schedule_free), and
+    torch's Adam, on a CPU, by its fused kernel.
+    """
     kind = type(sae)
+    if isinstance(sae, Trainer):
+        attach(sae, Record(NAME, kind))
+        sae.__dict__[_BEFORE] = [_take_over(optimizer, record_of(sae)) for optimizer in sae.optimizers]
+        return
     if kind is not SparseCoder:
         reason = f"{kind.__module__}.{kind.__qualname__} is not sparsify's own SparseCoder"
         attach(sae, Record(NAME, kind, why_not=reason))
@@ -140,8 +151,43 @@ def accelerate(sae: SparseCoder, *, fix_gradients: bool = False) -> None:
     sae.__class__ = FastSparseCoder
 
 
-def restore(sae: SparseCoder) -> None:
+def restore(sae: SparseCoder | Trainer) -> None:
     """Gives it its own class back."""
+    if isinstance(sae, Trainer):
+        for undo in sae.__dict__.pop(_BEFORE):
+            undo()
+        detach(sae)
+        return
     sae.__class__ = record_of(sae).original
     sae.__dict__.pop(_FIXES, None)
     detach(sae)
+
+
+def _take_over(optimizer: Any, record: Record) -> Callable[[], None]:
+    """Makes one of a Trainer's optimizers step faster, if it is one that is known; returns what undoes it."""
+    name = type(optimizer).__name__
+    if schedule_free.serves(optimizer):
+
+        def step() -> None:
+            record.took_fastsae("optimizer.step")
+            schedule_free.step(optimizer)
+
+        optimizer.step = step
+        return lambda: optimizer.__dict__.pop("step")
+    if type(optimizer) is torch.optim.Adam and all(_on_cpu(group) for group in optimizer.param_groups):
+        before = [group["fused"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["fused"] = True
+
+        def undo() -> None:
+            for group, fused in zip(optimizer.param_groups, before, strict=True):
+                group["fused"] = fused
+
+        return undo
+    record.took_original("optimizer.step", f"{name} is none that fastsae has another step for")
+    return lambda: None
+
+
+def _on_cpu(group: dict) -> bool:
+    is_plain = not (group["foreach"] or group["differentiable"])
+    return is_plain and all(p.device.type == "cpu" and p.is_contiguous() for p in group["params"])

@@ -10,8 +10,11 @@ import torch
 from interop.installed import sparsify
 from peers import coders
 from peers.comparison import D_IN, D_SAE, SEEDS, assert_agrees, dead_latents, draw, gradients
+from schedulefree import ScheduleFreeWrapper
+from sparsify.sign_sgd import SignSGD
 
 import fastsae
+from fastsae.interop import schedule_free
 from fastsae.interop.record import record_of
 from fastsae.testing import assert_same_bits
 
@@ -320,7 +323,7 @@ def test_an_option_that_the_adapter_does_not_have(coder):
         fastsae.accelerate(coder, faster=True)
 
 
-def trained(accelerated, tmp_path, **options):
+def trained(accelerated, tmp_path, optimizer="adam", lr=1e-3, **options):
     """The weights that the library's Trainer ends with, on a small model and random tokens, and the trainer."""
     from datasets import Dataset
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -331,8 +334,8 @@ def trained(accelerated, tmp_path, **options):
     config = sparsify.TrainConfig(
         sparsify.SaeConfig(num_latents=320, k=4, **options),
         batch_size=4,
-        optimizer="adam",
-        lr=1e-3,
+        optimizer=optimizer,
+        lr=lr,
         lr_warmup_steps=2,
         auxk_alpha=1 / 32,
         dead_feature_threshold=100,
@@ -396,3 +399,52 @@ def test_an_empty_batch(coder):
     expected = coder.encode(torch.randn(0, D_IN))
     found = fastsae.accelerate(coder).encode(torch.randn(0, D_IN))
     assert [part.shape for part in found] == [part.shape for part in expected]
+
+
+def signum(parameters):
+    optimizer = ScheduleFreeWrapper(SignSGD(parameters, lr=5e-3), momentum=0.95)
+    optimizer.train()
+    return optimizer
+
+
+def test_signum_steps_to_the_same_bits():
+    """Blocks of rows, a bias, a parameter without a gradient, and state and counts as the wrapper keeps them."""
+    shapes = (199, 7), (199,), (3, 3)
+    optimizers = [signum([torch.nn.Parameter(torch.randn(*shape)) for shape in shapes]) for _ in range(2)]
+    theirs, ours = ([*optimizer.param_groups[0]["params"]] for optimizer in optimizers)
+    for one, other in zip(theirs, ours, strict=True):
+        other.data = one.data.clone()
+    for _ in range(4):
+        for one, other in zip(theirs[:2], ours[:2], strict=True):
+            one.grad = torch.randn_like(one).relu()
+            other.grad = one.grad.clone()
+        optimizers[0].step()
+        schedule_free.step(optimizers[1])
+        for one, other in zip(theirs, ours, strict=True):
+            assert_same_bits(other, one)
+            assert ("z" in optimizers[1].state[other]) == ("z" in optimizers[0].state[one])
+        assert_same_bits(optimizers[1].state[ours[0]]["z"], optimizers[0].state[theirs[0]]["z"])
+        counts = [
+            {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+            for optimizer in optimizers
+        ]
+        assert counts[0] == counts[1]
+    optimizers[1].eval()
+    with pytest.raises(Exception, match="not in train mode"):
+        schedule_free.step(optimizers[1])
+
+
+@pytest.mark.parametrize("name", ["signum", "adam", "muon"])
+def test_a_trainer_with_each_optimizer(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    before, after = (trained(accelerated, tmp_path, optimizer=name, lr=1e-4) for accelerated in (False, True))
+    for name_of, parameter in before.saes["h.0"].named_parameters():
+        torch.testing.assert_close(after.saes["h.0"].get_parameter(name_of), parameter)
+    calls = record_of(after).calls
+    paths = {"signum": {"fastsae"}, "adam": set(), "muon": {"sparsify"}}
+    assert {path for _, path, _ in calls} == paths[name]
+    assert any(group.get("fused") for o in after.optimizers for group in o.param_groups) == (name != "signum")
+    fastsae.restore(after)
+    assert not any("step" in vars(o) and name == "signum" for o in after.optimizers)
+    assert not any(group.get("fused") for o in after.optimizers for group in o.param_groups)
+    assert set(vars(after)) == set(vars(before))
