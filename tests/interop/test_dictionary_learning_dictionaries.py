@@ -246,8 +246,11 @@ def changing(case):
             if step == 7:
                 for parameter in trainer.ae.parameters():
                     parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-            if step == 9:
                 assert served_by_fastsae(trainer)
+            if step == 9:
+                reasons = [reason for _, path, reason in record_of(trainer).calls if path != "fastsae"]
+                assert len(reasons) == 1
+                assert "memory order" in reasons[0]
                 fastsae.restore(trainer)
                 assert (set(trainer.__dict__), set(trainer.optimizer.__dict__)) == fields
                 assert trainer.optimizer.step == step_before
@@ -363,21 +366,39 @@ def test_what_falls_back_runs_the_library_and_says_why(prepare, options, reason,
     assert reason in why
 
 
-def test_a_class_of_ones_own_stays_as_it_is():
-    class Own(AutoEncoderTopK):
-        pass
+def made(trainer, dict_class):
+    sizes = {"steps": 9, "activation_dim": D_IN, "dict_size": D_SAE, "k": 2, "warmup_steps": 2}
+    return trainer(dict_class=dict_class, layer=0, lm_name="none", device="cpu", **sizes)
 
-    case = CASES["topk"]
-    trainer = case.trainer(dict_class=Own, steps=9, activation_dim=D_IN, dict_size=D_SAE, layer=0, lm_name="", k=2,
-                           warmup_steps=2, device="cpu")  # fmt: skip
-    fastsae.accelerate(trainer)
-    assert (type(trainer), type(trainer.ae)) == (case.trainer, Own)
-    assert "none of the library's classes" in record_of(trainer.ae).why_not
+
+class OwnDictionary(AutoEncoderTopK):
+    pass
+
+
+@pytest.mark.parametrize("kind", [CASES["topk"].trainer, drop_ins.TopKTrainer], ids=["library", "drop-in"])
+def test_a_dictionary_of_ones_own_stays_as_it_is(kind):
+    trainer = fastsae.accelerate(made(kind, OwnDictionary))
+    assert (type(trainer), type(trainer.ae)) == (CASES["topk"].trainer, OwnDictionary)
     assert "not one of the library's" in record_of(trainer).why_not
     trainer.update(0, torch.randn(7, D_IN))
     fastsae.restore(trainer)
     assert record_of(trainer) is None
-    assert record_of(trainer.ae) is None
+    assert "none of the library's classes" in record_of(fastsae.accelerate(trainer.ae)).why_not
+    assert type(fastsae.restore(trainer.ae)) is OwnDictionary
+
+
+@pytest.mark.parametrize("base", [CASES["topk"].trainer, drop_ins.TopKTrainer], ids=["library", "drop-in"])
+def test_a_trainer_of_ones_own_stays_as_it_is(base):
+    class Own(base):
+        pass
+
+    trainer = fastsae.accelerate(made(Own, AutoEncoderTopK))
+    assert (type(trainer), type(trainer.ae)) == (Own, drop_ins.AutoEncoderTopK)
+    assert (record_of(trainer).why_not is None) == (base is drop_ins.TopKTrainer)
+    trainer.update(0, torch.randn(7, D_IN))
+    fastsae.restore(trainer)
+    assert (type(trainer), type(trainer.ae)) == (Own, AutoEncoderTopK)
+    trainer.update(1, torch.randn(7, D_IN))
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -96,6 +96,13 @@ def feature_major(sae: Any) -> list[nn.Parameter]:
     return [sae.decoder.weight] if hasattr(sae, "decoder") else [sae.W_enc]
 
 
+def in_order(sae: Any) -> bool:
+    """Whether its weights lie in memory as the kernels take them; else each call copies them."""
+    encoder = getattr(sae, "encoder", None)
+    rows = [p.T for p in feature_major(sae)] + ([sae.W_dec] if encoder is None else [encoder.weight])
+    return all(matrix.is_contiguous() for matrix in rows)
+
+
 @torch.no_grad()
 def _share_above(
     x: Tensor, rows: Tensor, b_enc: Tensor | None, b_dec: Tensor | None, threshold: Tensor | float

@@ -21,7 +21,7 @@ from dictionary_learning.trainers.top_k import TopKTrainer as LibraryTopKTrainer
 from torch import Tensor
 
 from fastsae.interop.dictionary_learning import jumprelu_loss, optimizers
-from fastsae.interop.dictionary_learning.dictionaries import DICTIONARIES, NAME, feature_major, take_over
+from fastsae.interop.dictionary_learning.dictionaries import DICTIONARIES, NAME, feature_major, in_order, take_over
 from fastsae.interop.directions import normalize_, project_
 from fastsae.interop.rebound import rebound
 from fastsae.interop.record import Record, attach, detach, record_of
@@ -64,38 +64,53 @@ class _Trainer(library.SAETrainer):
         super().__init__(*args, **kwargs)
         accelerate(self)
 
+    def update(self, step: int, x: Tensor) -> Any:
+        """The library's."""
+        record = record_of(self)
+        if record is None:
+            # A class derived from this one, restored.
+            return self._update(step, x)
+        if in_order(self.ae):
+            record.took_fastsae("update")
+        else:
+            reason = "weights lie in the library's memory order (fastsae.restore and fastsae.accelerate change it)"
+            record.took_original("update", reason)
+        return self._update(step, x)
+
+    def _update(self, step: int, x: Tensor) -> Any:
+        return super().update(step, x)
+
 
 class TopKTrainer(_Trainer, LibraryTopKTrainer):
     """The library's TopKTrainer."""
 
     original = LibraryTopKTrainer
-    update = rebound(LibraryTopKTrainer.update, **_HELPERS)
+    _update = rebound(LibraryTopKTrainer.update, **_HELPERS)
 
 
 class BatchTopKTrainer(_Trainer, LibraryBatchTopKTrainer):
     """The library's BatchTopKTrainer."""
 
     original = LibraryBatchTopKTrainer
-    update = rebound(LibraryBatchTopKTrainer.update, **_HELPERS)
+    _update = rebound(LibraryBatchTopKTrainer.update, **_HELPERS)
 
 
 class MatryoshkaBatchTopKTrainer(_Trainer, LibraryMatryoshkaTrainer):
     """The library's MatryoshkaBatchTopKTrainer."""
 
     original = LibraryMatryoshkaTrainer
-    update = rebound(LibraryMatryoshkaTrainer.update, **_HELPERS)
+    _update = rebound(LibraryMatryoshkaTrainer.update, **_HELPERS)
 
 
 class JumpReluTrainer(_Trainer, LibraryJumpReluTrainer):
     """The library's JumpReluTrainer; its loss, which encodes without its dictionary, is written anew."""
 
     original = LibraryJumpReluTrainer
-    update = rebound(LibraryJumpReluTrainer.update, **_HELPERS)
+    _update = rebound(LibraryJumpReluTrainer.update, **_HELPERS)
 
     def loss(self, x: Tensor, step: int, logging: bool = False, **options: Any) -> Any:
         record, ae = record_of(self), self.ae
-        reason = "its dictionary is not one of fastsae's" if type(ae) not in DICTIONARIES.values() else ""
-        reason = reason or ae._theirs(x.to(ae.W_enc.dtype), ae.threshold.detach() - self.bandwidth / 2)
+        reason = ae._theirs(x.to(ae.W_enc.dtype), ae.threshold.detach() - self.bandwidth / 2)
         if not reason and (ae.W_enc.dtype != torch.float32 or x.dim() != 2):
             reason = "not float32 activations [n_tokens, d_in]"
         if reason:
@@ -168,19 +183,21 @@ TRAINERS: dict[type, type] = {
 
 def accelerate(trainer: library.SAETrainer) -> None:
     """Gives a trainer of the library, or one of the drop-ins above, fastsae's dictionary, update and optimizer step."""
-    kind = type(trainer)
-    original = getattr(kind, "original", kind)
-    ae = trainer.ae
+    kind, ae = type(trainer), trainer.ae
     if type(ae) in DICTIONARIES:
         ae.__class__ = DICTIONARIES[type(ae)]
         take_over(ae)
-    if original not in TRAINERS or kind not in (original, TRAINERS[original]):
+    drop_in = next((one for one in TRAINERS.values() if kind is one.original or issubclass(kind, one)), None)
+    # Of a class derived from a drop-in there is no other to give back.
+    original = kind if drop_in is None or kind not in (drop_in, drop_in.original) else drop_in.original
+    reason = None
+    if drop_in is None:
         reason = f"{kind.__module__}.{kind.__qualname__} is not one of the library's trainers"
-    elif type(ae) not in DICTIONARIES.values():
+    elif not isinstance(ae, tuple(DICTIONARIES.values())):
         reason = f"its dictionary is a {type(ae).__module__}.{type(ae).__qualname__}, not one of the library's"
+        trainer.__class__ = original
     else:
-        reason = None
-        trainer.__class__ = TRAINERS[original]
+        trainer.__class__ = drop_in if original is drop_in.original else kind
         if type(trainer.optimizer) in (torch.optim.Adam, library.ConstrainedAdam):
             optimizers.take_over(trainer.optimizer, feature_major(ae))
     attach(trainer, Record(NAME, original, why_not=reason))
