@@ -32,8 +32,11 @@ if X86:
         "avx512_bf16": f"-march=x86-64-v2 -mavx2 -mfma {AVX512} -mavx512bf16 -mavx512vnni",
     }
 # -ffp-contract=off: a multiply and an add become one only where a kernel asks for it, so that every
-# instruction set rounds alike. -Wno-maybe-uninitialized: GCC 12 warns of its own vector headers.
-FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wno-maybe-uninitialized"
+# instruction set rounds alike. -Wno-*uninitialized: GCC 12 warns of its own vector headers.
+WARNINGS = "-Wall -Wno-maybe-uninitialized -Wno-uninitialized"
+FLAGS = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno {WARNINGS}"
+# Beside the instruction sets: what one source alone is compiled with, where the compiler knows it.
+AMX = "-mavx512f -mamx-tile -mamx-int8 -mamx-bf16"
 REQUIRED = os.environ.get("FASTSAE_REQUIRE_NATIVE") == "1"
 CUDA_REQUIRED = os.environ.get("FASTSAE_REQUIRE_CUDA") == "1"
 # A100, H100 and H200, B200; newer ones compile the PTX of the last when they first run.
@@ -50,14 +53,19 @@ def compiler() -> str | None:
     return command if command and shutil.which(shlex.split(command)[0]) else None
 
 
-def openmp(cxx: str) -> str:
-    """The flag that turns OpenMP on, or nothing where the compiler has none (Apple's clang)."""
+def compiles(cxx: str, flags: str, program: str) -> bool:
+    """Whether the compiler makes a program with these flags."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
-        command = [*shlex.split(cxx), "-fopenmp", str(source), "-o", str(source.with_suffix(""))]
-        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-            return "-fopenmp"
+        source.write_text(program + "\n")
+        command = [*shlex.split(cxx), *shlex.split(flags), str(source), "-o", str(source.with_suffix(""))]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def openmp(cxx: str) -> str:
+    """The flag that turns OpenMP on, or nothing where the compiler has none (Apple's clang)."""
+    if compiles(cxx, "-fopenmp", "#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }"):
+        return "-fopenmp"
     print(f"fastsae: {cxx} has no OpenMP; the kernels will run on one thread.", file=sys.stderr)
     return "-Wno-unknown-pragmas"
 
@@ -154,6 +162,7 @@ def write_rules(build, cxx: str, target: Path) -> None:
         description="CXX $out",
     )
     build.rule("link", f"$cxx {shared} {threads} $in -o $out", description="LINK $out")
+    amx = AMX if X86 and compiles(cxx, AMX, "int main() {}") else ""
     objects = []
 
     def compile_file(source: Path, name: str, more: str) -> None:
@@ -165,7 +174,7 @@ def write_rules(build, cxx: str, target: Path) -> None:
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         # A source whose code stands in the namespace FASTSAE_ISA is compiled once for each.
         if "namespace FASTSAE_ISA" not in source.read_text():
-            compile_file(source, source.stem, "")
+            compile_file(source, source.stem, amx if source.stem == "amx_products" else "")
             continue
         for isa, isa_flags in INSTRUCTION_SETS.items():
             compile_file(source, f"{source.stem}_{isa}", f"{isa_flags} -DFASTSAE_ISA={isa}")

@@ -27,7 +27,7 @@ from fastsae.bench import machine
 from fastsae.durable import replace_file
 
 SCHEMA = "fastsae-fuzz-selection-1"
-SCREENS = (torch.int8, torch.bfloat16, torch.float32)
+SCREENS = (torch.int8, torch.int16, torch.bfloat16, torch.float32)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from fastsae.backends import dispatch, native
-from fastsae.backends.screen import screen_dtype
+from fastsae.backends.screen import screen_dtype, served
 
 _OPS = (
     "encode_topk",
@@ -37,7 +37,9 @@ class Explanation:
 def _library() -> str:
     if native.cpu is None:
         return native.why_not_cpu
-    return f"native CPU library, instruction set {native.cpu.isa()}, screen of encode_topk in {screen_dtype()}"
+    what = f"native CPU library, instruction set {native.cpu.isa()}, screen of encode_topk in {screen_dtype()}"
+    rows = ", ".join(f"{count:,} {path} ({dtype})" for (dtype, path), count in sorted(served.items()))
+    return f"{what}; its rows so far: {rows}" if rows else what
 
 
 def _heading(what: str, choices: dict[str, dispatch.Choice]) -> str:

@@ -108,7 +108,7 @@ def dtype(request):
         yield dtype
 
 
-@pytest.fixture(params=["float32", "bfloat16", "int8"])
+@pytest.fixture(params=["float32", "bfloat16", "int8", "int16"])
 def screen(request, monkeypatch):
     """Each precision of encode_topk's screen on a CPU, in force during the test."""
     monkeypatch.setenv("FASTSAE_SCREEN", request.param)

@@ -1,10 +1,15 @@
 """fastsae.explain tells which backend serves what, and fastsae.backend changes it."""
 
+import collections
+import importlib
+
 import pytest
 import torch
 
 import fastsae
-from fastsae.backends import dispatch, native
+from fastsae.backends import dispatch, native, screen
+
+explain = importlib.import_module("fastsae.explain")
 
 
 def test_tells_what_would_run():
@@ -23,6 +28,23 @@ def test_tells_what_ran():
         sae(torch.randn(3, 4))
         assert fastsae.explain().choices["decode"].backend == "torch"
         assert "asked for by fastsae.backend" in str(fastsae.explain())
+
+
+@pytest.mark.skipif(native.cpu is None, reason=native.why_not_cpu)
+def test_tells_what_became_of_the_screened_rows(monkeypatch):
+    monkeypatch.setattr(screen, "served", collections.Counter())
+    monkeypatch.setattr(explain, "served", screen.served)
+    monkeypatch.setenv("FASTSAE_SCREEN", "int16")
+    x, W_enc = torch.randn(30, 16), torch.randn(16, 600)
+    x[:2] = torch.inf
+    with fastsae.backend("cpu"):
+        fastsae.ops.encode_topk(x, W_enc, None, 4)
+        fastsae.ops.encode_topk(x[2:], torch.ones(16, 600), None, 4)
+    text = str(fastsae.explain())
+    assert "28 screened (int16)" in text
+    assert "2 every value computed (int16)" in text
+    assert "28 overflowed (int16)" in text
+    assert "28 every value computed (float32)" in text
 
 
 def test_tells_the_precision_of_triton(monkeypatch):

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cmath>
+#include <tuple>
 
 #include "../cpu/kernels.h"
 #include "fastsae/threading.h"
@@ -39,6 +40,36 @@ fastsae::SelectionState state(Address lower, Address upper, Address indices, Add
           at<float>(thresholds),
           at<uint8_t>(redo),
           capacity};
+}
+
+// kind, x and its four vectors, W_enc and its four, the three of panels, score_rounding, n, bytes,
+// d_sae, b_enc.
+using PanelArguments =
+    std::tuple<int, std::array<Address, 5>, std::array<Address, 5>, std::array<Address, 3>, float,
+               int64_t, int64_t, int64_t, Address>;
+fastsae::PanelScreen panel_screen(const PanelArguments& arguments) {
+  const auto& [kind, x, w, most, score_rounding, n, bytes, d_sae, b_enc] = arguments;
+  return {static_cast<fastsae::ScreenKind>(kind),
+          at<const uint8_t>(x[0]),
+          at<const float>(x[1]),
+          at<const float>(x[2]),
+          at<const float>(x[3]),
+          at<const float>(x[4]),
+          at<const uint8_t>(w[0]),
+          at<const float>(w[1]),
+          at<const int32_t>(w[2]),
+          at<const float>(w[3]),
+          at<const float>(w[4]),
+          at<const float>(most[0]),
+          at<const float>(most[1]),
+          at<const float>(most[2]),
+          score_rounding,
+          n,
+          bytes,
+          d_sae,
+          at<const float>(b_enc),
+          nullptr,
+          0};
 }
 
 struct Memory {
@@ -117,31 +148,52 @@ PYBIND11_MODULE(_cpu, m) {
       },
       release_gil());
   m.def(
-      "quantize_rows",
+      "pack_panels",
       [](Address rows, int64_t stride, int dtype, Address shift, Address powers, int64_t n,
-         int64_t d, bool by_panels, Address packed, Address scale, Address norm, Address residual,
-         Address true_norm, Address offset, Address not_finite) {
-        fastsae::kernels().quantize_rows(
+         int64_t d, int kind, bool by_panels, Address packed, int64_t bytes, Address scale,
+         Address norm, Address residual, Address true_norm, Address offset, Address not_finite,
+         Address fingerprints) {
+        fastsae::kernels().pack_panels(
             matrix(rows, stride, dtype), at<const float>(shift), at<const float>(powers), n, d,
-            by_panels,
-            {at<void>(packed), at<float>(scale), at<float>(norm), at<float>(residual),
-             at<float>(true_norm), at<int32_t>(offset), at<uint8_t>(not_finite)});
+            static_cast<fastsae::ScreenKind>(kind), by_panels,
+            {at<void>(packed), bytes, at<float>(scale), at<float>(norm), at<float>(residual),
+             at<float>(true_norm), at<int32_t>(offset), at<uint8_t>(not_finite),
+             at<uint64_t>(fingerprints)});
       },
       release_gil());
   m.def(
-      "integer_screen",
-      [](Address x, Address x_scale, Address x_norm, Address x_residual, Address x_absolute,
-         Address w, Address w_scale, Address w_offset, Address w_norm, Address w_residual,
-         int64_t n, int64_t bytes, int64_t d_sae, Address b_enc, Address scale, int64_t k,
-         Address lower, Address upper, Address indices, Address counts, Address thresholds,
-         Address redo, int64_t capacity) {
-        fastsae::kernels().integer_screen(
-            {at<const uint8_t>(x), at<const float>(x_scale), at<const float>(x_norm),
-             at<const float>(x_residual), at<const float>(x_absolute), at<const int8_t>(w),
-             at<const float>(w_scale), at<const int32_t>(w_offset), at<const float>(w_norm),
-             at<const float>(w_residual), n, bytes, d_sae, at<const float>(b_enc),
-             at<const float>(scale), k},
-            state(lower, upper, indices, counts, thresholds, redo, capacity));
+      "panel_screen",
+      [](const PanelArguments& screen, int64_t k, Address scale, Address lower, Address upper,
+         Address indices, Address counts, Address thresholds, Address redo, int64_t capacity) {
+        fastsae::PanelScreen s = panel_screen(screen);
+        s.k = k;
+        s.scale = at<const float>(scale);
+        const auto& kernels = fastsae::kernels();
+        kernels.panel_screen(s, kernels.panel_products[static_cast<int>(s.kind)],
+                             state(lower, upper, indices, counts, thresholds, redo, capacity));
+      },
+      release_gil());
+  m.def(
+      "panel_survivors",
+      [](const PanelArguments& screen, Address threshold, Address indices, int64_t capacity,
+         Address counts) {
+        const fastsae::PanelScreen s = panel_screen(screen);
+        const auto& kernels = fastsae::kernels();
+        kernels.panel_survivors(
+            s, kernels.panel_products[static_cast<int>(s.kind)],
+            {at<const float>(threshold), at<int32_t>(indices), capacity, at<int32_t>(counts)});
+      },
+      release_gil());
+  m.def(
+      "survivors_finish",
+      [](Address x, int64_t x_stride, int dtype, Address b_dec, Address w_enc, int64_t w_stride,
+         Address b_enc, int64_t n, int64_t d, Address threshold, Address indices, int64_t capacity,
+         Address counts, Address values) {
+        fastsae::kernels().survivors_finish(
+            matrix(x, x_stride, dtype), at<const float>(b_dec), matrix(w_enc, w_stride, dtype),
+            at<const float>(b_enc), n, d,
+            {at<const float>(threshold), at<int32_t>(indices), capacity, at<int32_t>(counts)},
+            at<float>(values));
       },
       release_gil());
   m.def(

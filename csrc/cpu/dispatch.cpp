@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "panel_products.h"
 
 namespace fastsae {
 
@@ -33,6 +34,19 @@ bool has_avx512_bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("avx512vnni");
 }
+
+// The kernels of avx512_bf16, whose screens multiply in tile registers where they can.
+const KernelTable* amx_table() {
+  static const PanelProducts products[3] = {amx_products[0], amx_products[1],
+                                            avx512_bf16::table.panel_products[2]};
+  static const KernelTable table = [] {
+    KernelTable amx = avx512_bf16::table;
+    amx.isa = "avx512_amx";
+    amx.panel_products = products;
+    return amx;
+  }();
+  return &table;
+}
 #endif
 
 const Isa* all() {
@@ -42,15 +56,17 @@ const Isa* all() {
       {{"avx2", true, has_avx2()}, &avx2::table},
       {{"avx512", true, has_avx512()}, &avx512::table},
       {{"avx512_bf16", true, has_avx512_bf16()}, &avx512_bf16::table},
+      {{"avx512_amx", true, has_avx512_bf16() && amx_runs_here()}, amx_table()},
 #else
       {{"avx2", false, false}, nullptr},
       {{"avx512", false, false}, nullptr},
       {{"avx512_bf16", false, false}, nullptr},
+      {{"avx512_amx", false, false}, nullptr},
 #endif
   };
   return isas;
 }
-constexpr int kIsas = 4;
+constexpr int kIsas = 5;
 
 const KernelTable* widest() {
   for (int i = kIsas - 1; i > 0; --i)

@@ -191,6 +191,42 @@ void threshold_chunk(Matrix scores, int64_t n_rows, const ThresholdChunk& chunk)
     run(static_cast<const bfloat16*>(scores.data));
 }
 
+void survivors_finish(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc,
+                      int64_t n_rows, int64_t d, Survivors survivors, float* values) {
+  const auto finish = [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    const T* w = static_cast<const T*>(w_enc.data);
+    const int64_t stride = survivors.capacity + kLanes;
+#pragma omp parallel
+    {
+      Scratch<float> row(d), dots(survivors.capacity);
+#pragma omp for schedule(dynamic, 4)
+      for (int64_t n = 0; n < n_rows; ++n) {
+        int32_t* indices = survivors.indices + n * stride;
+        const int64_t count = survivors.counts[n];
+        if (count <= 0) continue;
+        load_row(static_cast<const T*>(x.data) + n * x.stride, b_dec, d, row.get());
+        gathered_dots(
+            row.get(), w, w_enc.stride, d, count, [&](int64_t j) { return indices[j]; },
+            dots.get());
+        int64_t kept = 0;
+        for (int64_t j = 0; j < count; ++j) {
+          const int32_t f = indices[j];
+          const float pre = b_enc ? dots[j] + b_enc[f] : dots[j];
+          if (pre <= survivors.threshold[f]) continue;
+          values[n * stride + kept] = pre;
+          indices[kept++] = f;
+        }
+        survivors.counts[n] = static_cast<int32_t>(kept);
+      }
+    }
+  };
+  if (x.dtype == DType::float32)
+    finish(static_cast<float*>(nullptr));
+  else
+    finish(static_cast<bfloat16*>(nullptr));
+}
+
 void move_rows(const float* values, const int32_t* indices, const int64_t* from,
                const int32_t* counts, int64_t n_rows, const int64_t* to, void* out, DType dtype,
                int32_t* out_indices) {

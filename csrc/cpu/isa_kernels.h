@@ -14,9 +14,13 @@ void select_chunk(Matrix scores, int64_t n, int64_t f_begin, int64_t f_count, co
 void select_finish(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc,
                    const float* scale, int64_t n, int64_t d, int64_t d_sae, int64_t k,
                    bool relu_first, SelectionState state, void* values, int32_t* indices);
-void quantize_rows(Matrix rows, const float* shift, const float* powers, int64_t n, int64_t d,
-                   bool by_panels, const QuantizedRows& out);
-void integer_screen(const IntegerScreen& screen, SelectionState state);
+void pack_panels(Matrix rows, const float* shift, const float* powers, int64_t n, int64_t d,
+                 ScreenKind kind, bool by_panels, const PackedRows& out);
+void panel_screen(const PanelScreen& screen, const PanelProducts& products, SelectionState state);
+void panel_survivors(const PanelScreen& screen, const PanelProducts& products, Survivors survivors);
+void survivors_finish(Matrix x, const float* b_dec, Matrix w_enc, const float* b_enc,
+                      int64_t n_rows, int64_t d, Survivors survivors, float* values);
+extern const PanelProducts panel_products[3];
 void threshold_chunk(Matrix scores, int64_t n_rows, const ThresholdChunk& chunk);
 void group_chunk(Matrix scores, int64_t n_rows, const GroupChunk& chunk);
 void move_rows(const float* values, const int32_t* indices, const int64_t* from,

@@ -1,21 +1,25 @@
-"""The screen of encode_topk on a CPU: a GEMM by chunks of latents, of any precision, and what it may be trusted for.
+"""The screen of encode_topk on a CPU: products of any precision, and what they may be trusted for.
 
-The scores of a chunk only decide which latents could still be among the winners; `csrc/cpu/encode.cpp` keeps
-those, by the bound of docs/maths.md ("Certified selection"), and computes each kept value anew by the one defined
-dot product. So the GEMM is PyTorch's own, in bfloat16 where the processor multiplies bfloat16 natively, and the
-result is the same to the bit whichever ran. Another screen (integer products, say) needs a `_scores` and its bound.
+Scores only decide which latents could still be among the winners; `csrc/cpu/encode.cpp` keeps those, by the bound of
+docs/maths.md ("Certified selection"), and computes each kept value anew by the one defined dot product. The result is
+the same to the bit whichever screen ran:
+
+    one pass (`screen_panels`)   bfloat16, int8 or int16, compared as they are made: the fastest on x86
+    chunks of latents            PyTorch's own product, float32: elsewhere, and for rows that overflow the others
 """
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastsae.backends import native
+from fastsae.backends.packed_encoders import packed_encoder, rest, resting
 from fastsae.backends.screen_common import _DTYPES, _address, _gamma, _State
-from fastsae.backends.screen_integer import MOST_DIMENSIONS, MOST_ROWS, IntegerProducts
+from fastsae.backends.screen_panels import Kind, Panels, powers_of_two
 
 # Scores of one chunk: 1,024 rows x 512 latents are 1 MiB in bfloat16 and stay in the second-level cache between
 # the GEMM and the selection; halves of either cost the GEMM more in packing.
@@ -27,8 +31,25 @@ _FEWEST_LATENTS_PER_PICK = 4
 # A float32 screen reads all of W_enc once more; computing every value of one row costs about an eighth of that.
 _FEWEST_ROWS_TO_RESCREEN = 8
 
+# Rows that share a walk through W_enc, and the memory for their candidates.
+_PANEL_ROWS = 1024
+# The one-pass screen that measured fastest on each instruction set: D = 768, F = 24,576, k = 32, N = 2,048 on two cores
+# of Sapphire Rapids, milliseconds of encode_topk in bfloat16 / int8 / int16: 91 / 130 / - by tile registers, 537 / 142
+# / 148 by AVX-512 with VNNI (its instruction for bfloat16 is slower by far); by float32 products 400 to 470.
+_FASTEST = {
+    "avx512_amx": torch.bfloat16,
+    "avx512_bf16": torch.int8,
+    "avx512": torch.int16,
+    "avx2": torch.int16,
+}
 # Values of a row's `redo` flag, as csrc/include/fastsae/abi.h names them.
 _EXHAUSTIVE, _OVERFLOWED, _LEFT_OUT = 1, 2, 3
+_PATHS = {0: "screened", 1: "every value computed", 2: "every value computed", 3: "overflowed"}
+# With more rows than this share overflowing, the coarse screen has cost more than it saved.
+_MOST_OVERFLOWING = 0.25
+
+# Rows of encode_topk in this process, by the dtype of a screen and what became of them there; `explain` shows them.
+served: Counter[tuple[str, str]] = Counter()
 
 
 def _float32_matmul_is_reduced() -> bool:
@@ -40,12 +61,12 @@ def _float32_matmul_is_reduced() -> bool:
 
 
 def screen_dtype() -> torch.dtype:
-    """That of encode_topk's screen: `product_dtype`, or what FASTSAE_SCREEN names."""
+    """That of encode_topk's screen: what FASTSAE_SCREEN names, or the fastest of the instruction set in use."""
     name = os.environ.get("FASTSAE_SCREEN")
     if name is None:
-        return product_dtype()
-    if name not in ("float32", "bfloat16", "int8"):
-        raise ValueError(f"FASTSAE_SCREEN={name!r}: expected float32, bfloat16 or int8")
+        return _FASTEST.get(native.cpu and native.cpu.isa(), product_dtype())
+    if name not in ("float32", *Kind.__members__):
+        raise ValueError(f"FASTSAE_SCREEN={name!r}: expected float32, {', '.join(Kind.__members__)}")
     return getattr(torch, name)
 
 
@@ -155,55 +176,46 @@ class Screen:
         self.k, self.relu_first, self.scale = k, relu_first, scale
         self.dtype = dtype or screen_dtype()
         self.d_sae = w_enc.shape[0]
-        if self.dtype == torch.int8 and x.shape[1] > MOST_DIMENSIONS:
-            self.dtype = product_dtype()
         self.exhaustive = self.d_sae < max(_FEWEST_LATENTS, _FEWEST_LATENTS_PER_PICK * k)
+        # Asked for a second time, of rows that overflowed a coarser screen, the dtype is named.
+        if self.dtype == torch.int8 and dtype is None and not self.exhaustive and resting(w_enc, Kind.int8):
+            self.dtype = torch.int16
+        self.kind = Kind.__members__.get(str(self.dtype).removeprefix("torch."))
 
     def run(self, values: Tensor, indices: Tensor) -> None:
         """Writes the selection of every row into values [n_tokens, k] and int32 indices [n_tokens, k]."""
-        rows, capacity, integers = min(_ROWS, self.x.shape[0]), 4 * self.k + 128, None
-        if not self.exhaustive and self.dtype == torch.int8:
-            integers = IntegerProducts(self.x, self.w_enc, self.b_enc, self.b_dec, self.k, self.scale)
-            rows, capacity = min(MOST_ROWS, rows), integers.capacity
-        state = _State(rows, capacity)
-        if not self.exhaustive and integers is None:
-            pack_x = _Packer(rows, self.x, self.dtype, self.b_dec)
-            pack_w = _Packer(min(_LATENTS, self.d_sae), self.w_enc, self.dtype, None)
-            scores = torch.empty(rows * min(_LATENTS, self.d_sae), dtype=self.dtype)
+        if self.exhaustive:
+            select = self._select_nothing
+            rows, capacity = _ROWS, 0
+        elif self.kind is not None:
+            select, rows, capacity = self._panels(), _PANEL_ROWS, self.kind.capacity(self.k)
+        else:
+            select, rows, capacity = self._products(), _ROWS, 4 * self.k + 128
+        state = _State(min(rows, self.x.shape[0]), capacity)
         for start in range(0, self.x.shape[0], rows):
             block = slice(start, min(start + rows, self.x.shape[0]))
             x = self.x[block]
             state.reset()
-            if self.exhaustive:
-                state.redo.fill_(_EXHAUSTIVE)
-                overflowed = None
-            else:
-                if integers is not None:
-                    integers.select(x, state)
-                else:
-                    self._select(x, pack_x(x, state.redo), pack_w, scores, state)
-                overflowed = self._overflowed(state, x.shape[0])
+            select(x, state)
+            overflowed = self._overflowed(state, x.shape[0])
+            self._count(state, x.shape[0])
+            if self.kind is Kind.int8 and overflowed is not None and len(overflowed) > _MOST_OVERFLOWING * len(x):
+                rest(self.w_enc, Kind.int8)
             self._finish(x, state, values[block], indices[block])
-            if overflowed is not None:
-                again = Screen(
-                    x[overflowed],
-                    self.w_enc,
-                    self.b_enc,
-                    self.b_dec,
-                    self.k,
-                    self.relu_first,
-                    self.scale,
-                    self._finer(),
-                )
-                better = values.new_empty(len(overflowed), self.k), indices.new_empty(len(overflowed), self.k)
-                again.run(*better)
-                values[block][overflowed], indices[block][overflowed] = better
+            if overflowed is None:
+                continue
+            again = Screen(
+                x[overflowed], self.w_enc, self.b_enc, self.b_dec, self.k, self.relu_first, self.scale, self._finer()
+            )
+            better = values.new_empty(len(overflowed), self.k), indices.new_empty(len(overflowed), self.k)
+            again.run(*better)
+            values[block][overflowed], indices[block][overflowed] = better
 
     def _finer(self) -> torch.dtype:
-        return product_dtype() if self.dtype == torch.int8 else torch.float32
+        return torch.int16 if self.kind is Kind.int8 else torch.float32
 
     def _overflowed(self, state: _State, n: int) -> Tensor | None:
-        """The rows for which a float32 screen is cheaper than computing every value; `_finish` leaves them out."""
+        """The rows for which a finer screen is cheaper than computing every value; `_finish` leaves them out."""
         if self.dtype == torch.float32:
             return None
         overflowed = (state.redo[:n] == _OVERFLOWED).nonzero()[:, 0]
@@ -211,6 +223,31 @@ class Screen:
             return None
         state.redo[overflowed] = _LEFT_OUT
         return overflowed
+
+    def _count(self, state: _State, n: int) -> None:
+        paths = state.redo[:n].bincount(minlength=4).tolist()
+        for path, name in _PATHS.items():
+            if paths[path]:
+                served[str(self.dtype).removeprefix("torch."), name] += paths[path]
+
+    def _select_nothing(self, x: Tensor, state: _State) -> None:
+        state.redo.fill_(_EXHAUSTIVE)
+
+    def _panels(self) -> Callable[[Tensor, _State], None]:
+        """The one-pass screen of a block of rows."""
+        x_powers, w_powers = None, None
+        if self.kind is Kind.int8 and len(self.x):
+            x_powers, w_powers = powers_of_two(self.x, self.b_dec, self.w_enc) or (None, None)
+        panels = Panels(packed_encoder(self.w_enc, self.kind, w_powers), self.b_enc, self.b_dec, x_powers)
+        return lambda x, state: panels.select(x, self.k, self.scale, state)
+
+    def _products(self) -> Callable[[Tensor, _State], None]:
+        """The screen of a block of rows by PyTorch's products."""
+        rows, latents = min(_ROWS, self.x.shape[0]), min(_LATENTS, self.d_sae)
+        pack_x = _Packer(rows, self.x, self.dtype, self.b_dec)
+        pack_w = _Packer(latents, self.w_enc, self.dtype, None)
+        scores = torch.empty(rows * latents, dtype=self.dtype)
+        return lambda x, state: self._select(x, pack_x(x, state.redo), pack_w, scores, state)
 
     def _select(self, x: Tensor, rows: _Packed, pack_w: _Packer, scores: Tensor, state: _State) -> None:
         for chunk in scored_chunks(rows, self.w_enc, pack_w, scores, self.dtype):

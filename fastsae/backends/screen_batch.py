@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastsae.backends.largest import LargestOfBatch
-from fastsae.backends.screen import _LATENTS, _ROWS
-from fastsae.backends.screen_threshold import ThresholdScreen, _Rows
+from fastsae.backends.screen import _LATENTS
+from fastsae.backends.screen_threshold import ThresholdScreen, _Piece, _Rows
 
 # Tokens of the guess. It aims at half as many entries again as are wanted: too low costs their dot products, too high
 # a second reading.
@@ -42,7 +42,8 @@ class BatchScreen(ThresholdScreen):
         if guess > 0 and not largest.enough:
             largest = self._read(0.0)
         # The working memory of the screen is as large as that of the last cut, which needs none of it.
-        del self._scores, self._wide_values, self._wide_indices
+        self.__dict__.pop("_chunks", None)
+        self.__dict__.pop("_panels", None)
         return largest.result(self.x)
 
     def _guess(self) -> float:
@@ -64,21 +65,27 @@ class BatchScreen(ThresholdScreen):
 
     def _read(self, floor: float) -> LargestOfBatch:
         largest = LargestOfBatch(self.k_total, floor)
-        for start in range(0, self.x.shape[0], _ROWS):
-            x = self.x[start : start + _ROWS]
-            not_finite = self._not_finite[: x.shape[0]].zero_()
-            rows = _Rows(start, x, self._pack_x(x, not_finite))
+        for rows in self._blocks():
+            self._set_threshold(slice(None), largest.floor)
+            piece = self._survivors_by_panels(rows)
+            if piece is not None:
+                self._add(largest, rows, self._compact(piece))
+                continue
             for first in range(0, self.w_enc.shape[0], _LATENTS):
                 self._set_threshold(slice(first, first + _LATENTS), largest.floor)
-                piece = self._survivors(rows, first)
-                tokens = torch.arange(start, start + x.shape[0], dtype=torch.int32).repeat_interleave(piece.counts)
-                ranks = self._ranks(piece.values, piece.indices)
-                entries = tokens, piece.indices, piece.values, ranks
-                if self.scale is not None:
-                    above = ~(ranks <= largest.floor)
-                    entries = tuple(part[above] for part in entries)
-                largest.add(*entries)
+                self._add(largest, rows, self._survivors(rows, first))
         return largest
+
+    def _add(self, largest: LargestOfBatch, rows: _Rows, piece: _Piece) -> None:
+        """Gives what some rows keep, row after row, to the largest of the batch."""
+        start, n = rows.start, rows.x.shape[0]
+        tokens = torch.arange(start, start + n, dtype=torch.int32).repeat_interleave(piece.counts)
+        ranks = self._ranks(piece.values, piece.indices)
+        entries = tokens, piece.indices, piece.values, ranks
+        if self.scale is not None:
+            above = ~(ranks <= largest.floor)
+            entries = tuple(part[above] for part in entries)
+        largest.add(*entries)
 
     def _set_threshold(self, latents: slice, floor: float) -> None:
         if self.scale is None:

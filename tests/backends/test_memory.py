@@ -40,7 +40,7 @@ print(peak_of(encode), peak_of(train), peak_of(dense))
 """
 
 
-@pytest.mark.parametrize("screen", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("screen", ["float32", "bfloat16", "int8", "int16"])
 def test_no_dense_tensor_is_made(screen):
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "FASTSAE_SCREEN": screen, "FASTSAE_BACKEND": "cpu"}
     result = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, env=environment)

@@ -163,7 +163,7 @@ def test_screens_have_names(monkeypatch):
     monkeypatch.setenv("FASTSAE_SCREEN", "float32")
     assert screen_dtype() == torch.float32
     monkeypatch.setenv("FASTSAE_SCREEN", "fp4")
-    with pytest.raises(ValueError, match=r"FASTSAE_SCREEN='fp4': expected float32, bfloat16 or int8"):
+    with pytest.raises(ValueError, match=r"FASTSAE_SCREEN='fp4': expected float32, bfloat16, int8, int16"):
         encode_topk_op(torch.randn(2, 4), torch.randn(300, 4), None, None, 2, False)
 
 

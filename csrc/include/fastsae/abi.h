@@ -70,40 +70,71 @@ struct SelectionState {
   int64_t capacity;
 };
 
-// What quantize_rows writes, a number for each row: `packed` in one of its two layouts, the row's
-// scale, upper bounds of its norm after and before equalising (`true_norm`, may be null) and of
-// what quantizing loses; for panels `offset`, 128 times the sum of a row's integers.
-constexpr int64_t kPanel = 64;
-struct QuantizedRows {
+// In what a one-pass screen multiplies.
+enum class ScreenKind : int32_t { bfloat16 = 0, int8 = 1, int16 = 2 };
+
+// What pack_panels writes, a number for each row: `packed` in one of its two layouts, the row's
+// scale, upper bounds of its norm after and before evening (`true_norm`, may be null) and of what
+// packing loses; for panels of int8 `offset`, 128 times the sum of a row's integers. `bytes` is the
+// length of a packed row, a multiple of 64. For panels `fingerprints`, one for each kStrip rows, of
+// what was packed last: where they are the same nothing is written. Null: all is packed.
+constexpr int64_t kPanel = 64, kStrip = 16;
+struct PackedRows {
   void* packed;
+  int64_t bytes;
   float* scale;
   float* norm;
   float* residual;
   float* true_norm;
   int32_t* offset;
   uint8_t* not_finite;
+  uint64_t* fingerprints;
 };
 
-// x [n_rows, bytes] and W_enc by panels as quantize_rows packs them, with what is known of their
-// rows; x_norm and x_residual bound |row| of the quantized row and what was lost, x_absolute what
-// no other term covers. All vectors over latents are padded to whole panels.
-struct IntegerScreen {
+// x [n_rows, bytes] and W_enc by panels as pack_panels writes them, with what is known of their
+// rows: |pre - score| <= x_residual w_norm + x_norm w_residual + score_rounding |score| +
+// x_absolute. `most_` are the largest of a panel, bias by magnitude. All vectors over latents are
+// padded to whole panels, x to whole tiles.
+struct PanelScreen {
+  ScreenKind kind;
   const uint8_t* x;
   const float* x_scale;
   const float* x_norm;
   const float* x_residual;
   const float* x_absolute;
-  const int8_t* w;
+  const uint8_t* w;
   const float* w_scale;
   const int32_t* w_offset;
   const float* w_norm;
   const float* w_residual;
+  const float* most_norm;
+  const float* most_residual;
+  const float* most_bias;
+  float score_rounding;
   int64_t n_rows;
   int64_t bytes;
   int64_t d_sae;
   const float* b_enc;
   const float* scale;
   int64_t k;
+};
+
+// The survivors of encode_threshold's screen: up to `capacity` of each row, 16 places more in
+// memory. counts[n] < 0 says that row n has more, or takes no part.
+struct Survivors {
+  const float* threshold;
+  int32_t* indices;
+  int64_t capacity;
+  int32_t* counts;
+};
+
+// Products of `rows` rows with a panel of 64 latents: sums [rows, 64], whole numbers or float32.
+// `begin` and `end` stand around a thread's use of them.
+struct PanelProducts {
+  int64_t rows;
+  void (*begin)();
+  void (*multiply)(const uint8_t* x, const uint8_t* panel, int64_t bytes, int32_t* sums);
+  void (*end)();
 };
 
 // A chunk of latents for encode_threshold: f_count of them from f_begin on, `w_enc`, `b_enc`,
