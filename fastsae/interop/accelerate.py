@@ -2,8 +2,9 @@
 
 Each library has an adapter, a module of `fastsae.interop` with
 
-    saes_in(obj) -> list[nn.Module]     the library's SAEs that obj is or holds, none if it knows nothing of obj
-    accelerate(sae) -> None             gives the module a class of fastsae's that derives from its own
+    saes_in(obj) -> list                the library's SAEs that obj is or holds, none if it knows nothing of obj; and a
+                                        trainer itself, where that has code of its own to accelerate
+    accelerate(sae, **options) -> None  gives the module a class of fastsae's that derives from its own
     restore(sae) -> None                gives it its own class back
 
 that is imported when the library is: fastsae itself needs none of them.
@@ -12,7 +13,7 @@ that is imported when the library is: fastsae itself needs none of them.
 import importlib
 import sys
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -41,7 +42,7 @@ def _saes_in(obj: object) -> list[tuple[ModuleType, nn.Module]]:
     return found
 
 
-def accelerate(obj: T) -> T:
+def accelerate(obj: T, **options: Any) -> T:
     """Makes another library's SAEs run on fastsae's operators, in place; returns obj.
 
     Parameters, state dict, optimizer and results stay what they were, up to rounding (`fastsae.testing`); what has no
@@ -50,13 +51,14 @@ def accelerate(obj: T) -> T:
 
     Args:
         obj: an SAE of SAELens, sparsify or dictionary_learning, or a trainer or model that holds some.
+        options: of the library's adapter; sparsify's is fix_gradients (see docs/sparsify.md).
 
     Raises:
-        TypeError: nothing in obj is known to any adapter.
+        TypeError: nothing in obj is known to any adapter, or an option that the library's adapter does not have.
     """
     for adapter, sae in _saes_in(obj):
         if record_of(sae) is None:
-            adapter.accelerate(sae)
+            adapter.accelerate(sae, **options)
     return obj
 
 

@@ -1,0 +1,3 @@
+"""Imports the other libraries before the tests do, without a network."""
+
+import interop.installed  # noqa: F401
