@@ -196,7 +196,7 @@ def test_pre_activations_of_other_weights_are_refused():
 
 
 @pytest.mark.parametrize("case", named(TRAINING, "standard", "jumprelu", "gated"), ids=str)
-def test_dense_batches_are_the_librarys(case, monkeypatch):
+def test_dense_batches_run_in_the_library(case, monkeypatch):
     """So long as many latents are active; a few tokens are looked at each time, and the input hook runs once."""
     monkeypatch.setattr(base, "MOST_DENSE", 0.2)
     problem = case.problem(0)
