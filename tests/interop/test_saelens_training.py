@@ -10,6 +10,8 @@ from peers.comparison import D_IN, SEEDS, assert_agrees, dead_latents
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastsae
 from fastsae.interop.record import record_of
@@ -138,6 +140,40 @@ def test_accelerated_halfway(case):
         return run(False, dict(zip(names, tensors, strict=True)))
 
     assert_accurate(run(True, problem), theirs, *problem.values())
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any operation returns, views included."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(result) if type(t) is torch.Tensor]
+        self.elements = max([self.elements, *(t.numel() for t in tensors)])
+        return result
+
+
+@pytest.mark.parametrize("case", TRAINING, ids=str)
+def test_nothing_is_as_large_as_the_activations(case):
+    """In a step of the trainer, from the second on (the first one looks how many latents are active)."""
+    n_tokens, d_sae = 256, 40_960
+    options = {name: value for name, value in case.options.items() if name != "matryoshka_widths"}
+    if "matryoshka" in case.name:
+        options["matryoshka_widths"] = [d_sae // 4, d_sae]
+    sae = case.sae_class(case.config_class(d_in=8, d_sae=d_sae, **options))
+    with torch.no_grad():
+        for name, level in (("b_enc", -0.4), ("b_gate", -0.4), ("threshold", 0.4)):
+            if getattr(sae, name, None) is not None:
+                getattr(sae, name).fill_(level)
+    trainer = fastsae.accelerate(trainer_of(sae, window=1))
+    x = torch.randn(n_tokens, 8)
+    trainer.step(x)
+    trainer.step(x)
+    with Largest() as largest:
+        trainer.step(x)
+    assert paths(sae) == {FAST}
+    assert largest.elements < n_tokens * d_sae / 2
 
 
 def test_log_of_the_trainer():
@@ -296,3 +332,23 @@ def test_copies_train_on():
     found, expected = train_step(twin, case, problem), train_step(sae, case, problem)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert record_of(twin) is not record_of(sae)
+
+
+def test_made_by_its_class():
+    case = named(TRAINING, "topk")[0]
+    problem = case.problem(0)
+    other = type(accelerated(case.build(problem)))(case.build(problem).cfg)
+    train_step(other, case, problem)
+    assert FAST in paths(other)
+
+
+def test_compiled():
+    """What torch.compile traces is the library's code."""
+    torch.compiler.reset()
+    case = named(TRAINING, "topk")[0]
+    problem = case.problem(0)
+    sae = accelerated(case.build(problem))
+    sae.training_forward_pass = torch.compile(sae.training_forward_pass, backend="eager")
+    found, expected = train_step(sae, case, problem), train_step(case.build(problem), case, problem)
+    torch.testing.assert_close(found, expected)
+    assert reasons(sae, "training_forward_pass") == ["torch.compile takes the library's code"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae.codes import SparseCodes
-from fastsae.interop.record import Record, record_of
+from fastsae.interop.record import Record, attach, record_of
 from fastsae.interop.saelens.on_demand import DenseOnDemand, of_codes
 from fastsae.ops import decode
 
@@ -70,6 +70,9 @@ class Fast:
 
     @property
     def _record(self) -> Record:
+        if record_of(self) is None:
+            # Made by its class, as `type(sae)(cfg)` does.
+            attach(self, Record("sae_lens", self.original))
         return record_of(self)
 
     @contextlib.contextmanager
