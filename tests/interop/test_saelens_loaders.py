@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from interop.saelens_cases import sae_lens
-from safetensors.torch import save_file
 from sae_lens.loading.pretrained_sae_loaders import sparsify_disk_loader
+from safetensors.torch import save_file
 
 D_IN, D_SAE = 8, 32
 

@@ -50,12 +50,17 @@ class FastTraining(Fast):
     def _hidden_pre(self, chosen: Chosen) -> Tensor:
         """The library's pre-activations, made if somebody reads them."""
         b_dec = chosen.b_dec
-        sae_in = chosen.x if b_dec is None else chosen.x - b_dec
+
+        def formula(x: Tensor, *parameters: Tensor) -> Tensor:
+            if b_dec is None:
+                return self._pre_activations(x, *parameters)
+            return self._pre_activations(x - parameters[-1], *parameters[:-1])
 
         def noted(asked_by: str) -> None:
             self._record.took_original("hidden_pre", _made(asked_by))
 
-        return of_formula(self._pre_activations, chosen.codes.shape, noted, sae_in, *self._encoder_parameters())
+        parameters = self._encoder_parameters() if b_dec is None else (*self._encoder_parameters(), b_dec)
+        return of_formula(formula, chosen.codes.shape, noted, chosen.x, *parameters)
 
     def _encoder_parameters(self) -> tuple[Tensor, ...]:
         return self.W_enc, self.b_enc
