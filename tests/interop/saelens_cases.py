@@ -1,7 +1,6 @@
 """SAELens' SAEs before and after fastsae.accelerate: the classes, their options, and problems for them."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,6 +158,3 @@ def reasons(sae: Any, method: str) -> list[str]:
 def weighted(*tensors: torch.Tensor) -> torch.Tensor:
     """One number that depends on every element."""
     return sum((t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in tensors)
-
-
-Run = Callable[[Results], Results]

@@ -134,7 +134,8 @@ def test_error_term(case, intervene):
         with torch.no_grad():
             outputs.append(sae(problem["x"]))
     torch.testing.assert_close(*outputs)
-    torch.testing.assert_close(outputs[1], problem["x"], rtol=1e-4, atol=1e-5) if not intervene else None
+    if not intervene:
+        torch.testing.assert_close(outputs[1], problem["x"], rtol=1e-4, atol=1e-5)
     # What is clean is encoded without hooks.
     assert ("forward", "fastsae") in paths(sae)
     assert bool(reasons(sae, "forward")) == intervene
@@ -391,6 +392,16 @@ def test_another_activation_function():
     x = case.problem(0)["x"]
     assert (sae.encode(x) < 0).any()
     assert reasons(sae, "encode") == ["activation_fn is a GELU"]
+
+
+def test_another_module_in_place_of_a_hook():
+    case = named(INFERENCE, "standard")[0]
+    problem = case.problem(0)
+    sae, plain = accelerated(case.build(problem)), case.build(problem)
+    sae.hook_sae_acts_post = plain.hook_sae_acts_post = torch.nn.Tanh()
+    with torch.no_grad():
+        assert_same_bits(sae(problem["x"]), plain(problem["x"]))
+    assert reasons(sae, "forward") == ["hook_sae_acts_post is a Tanh"]
 
 
 def test_objects_without_an_sae():

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from sae_lens.saes.topk_sae import SparseHookPoint
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 
 from fastsae.codes import SparseCodes
 from fastsae.interop.record import Record, attach, record_of
@@ -25,6 +27,8 @@ MOST_DENSE = 0.12
 # Tokens that are looked at to find out.
 _SAMPLE = 32
 _STATE = "_fastsae_state"
+# What returns its input if it has no hooks; SAELens puts an Identity there while it computes an error term.
+_POINTS = (HookPoint, SparseHookPoint, nn.Identity)
 
 
 @dataclass
@@ -90,7 +94,10 @@ class Fast:
         if torch.compiler.is_compiling():
             return "torch.compile takes the library's code"
         for name in ("hook_sae_acts_pre", "hook_sae_acts_post"):
-            if _has_hooks(getattr(self, name)):
+            point = getattr(self, name)
+            if type(point) not in _POINTS:
+                return f"{name} is a {type(point).__name__}"
+            if _has_hooks(point):
                 return f"a hook on {name} asks for dense activations"
         if type(self.activation_fn) not in self._activations:
             return f"activation_fn is a {type(self.activation_fn).__name__}"
@@ -122,10 +129,7 @@ class Fast:
         with torch.autocast(x.device.type, enabled=False):
             if self._is_dense(x, b_dec):
                 self._fast.ready = x if b_dec is None else x - b_dec
-                return (
-                    f"about {self._fast.density:.0%} of the latents are active: dense products are faster above "
-                    f"{MOST_DENSE:.0%}"
-                )
+                return f"more than {MOST_DENSE:.0%} of the latents are active: dense products are faster"
             chosen = self._choose(x, b_dec)
         places = chosen.decoded.n_tokens * chosen.decoded.d_sae
         self._fast.density = chosen.decoded.nnz / places if places else None
@@ -170,8 +174,11 @@ class Fast:
                 self._record.took_original("decode", "its activations are a dense tensor")
             return super().decode(feature_acts)
         with torch.autocast(feature_acts.device.type, enabled=False):
-            y = decode(chosen.decoded, chosen.W_dec, self.b_dec)
+            y = self._decoded(chosen)
         return self._output(self.hook_sae_recons(y))
+
+    def _decoded(self, chosen: Chosen) -> Tensor:
+        return decode(chosen.decoded, chosen.W_dec, self.b_dec)
 
     def _output(self, y: Tensor) -> Tensor:
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(y), self.d_head)

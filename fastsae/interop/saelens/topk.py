@@ -129,15 +129,20 @@ class FastMatryoshkaBatchTopKTrainingSAE(_BatchRankedTraining, MatryoshkaBatchTo
 
     original = MatryoshkaBatchTopKTrainingSAE
 
+    def _decoded(self, chosen: Chosen) -> Tensor:
+        if self._fast.method != "training_forward_pass":
+            return super()._decoded(chosen)
+        # The losses of a step want every level: each latent is decoded once, and W_dec has one gradient.
+        chosen.extra = prefix_decodes(chosen.decoded, chosen.W_dec, self.b_dec, self.cfg.matryoshka_widths)
+        return chosen.extra[-1]
+
     def _iterable_decode(self, feature_acts: Tensor, include_outer_loss: bool = False) -> Iterator[tuple[int, Tensor]]:
         chosen = chosen_of(feature_acts)
-        if chosen is None:
+        if chosen is None or chosen.extra is None:
             yield from super()._iterable_decode(feature_acts, include_outer_loss)
             return
-        widths = self.cfg.matryoshka_widths if include_outer_loss else self.cfg.matryoshka_widths[:-1]
-        with torch.autocast(feature_acts.device.type, enabled=False):
-            decoded = prefix_decodes(chosen.decoded, chosen.W_dec, self.b_dec, widths)
-        for width, y in zip(widths, decoded, strict=True):
+        levels = list(zip(self.cfg.matryoshka_widths, chosen.extra, strict=True))
+        for width, y in levels if include_outer_loss else levels[:-1]:
             yield width, self.run_time_activation_norm_fn_out(y)
 
     def _aux_losses(self, chosen: Chosen, step_input: TrainStepInput, sae_out: Tensor) -> dict[str, Tensor]:
@@ -146,9 +151,7 @@ class FastMatryoshkaBatchTopKTrainingSAE(_BatchRankedTraining, MatryoshkaBatchTo
             return super()._aux_losses(chosen, step_input, sae_out)
         widths = self.cfg.matryoshka_widths
         losses = []
-        with torch.no_grad():
-            decoded = prefix_decodes(chosen.decoded, chosen.W_dec, self.b_dec, widths)
-        for (begin, end), y in zip(pairwise([0, *widths]), decoded, strict=True):
+        for (begin, end), y in zip(pairwise([0, *widths]), chosen.extra, strict=True):
             dead = begin + mask[begin:end].nonzero()[:, 0]
             if len(dead):
                 residual = (step_input.sae_in - self.run_time_activation_norm_fn_out(y)).detach()
