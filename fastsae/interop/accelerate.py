@@ -5,7 +5,6 @@ Each library has an adapter, a module of `fastsae.interop` with
     saes_in(obj) -> list[nn.Module]     the library's SAEs that obj is or holds, none if it knows nothing of obj
     accelerate(sae) -> None             gives the module a class of fastsae's that derives from its own
     restore(sae) -> None                gives it its own class back
-    settle(obj) -> None                 optional: after either, what obj keeps beside its SAEs (optimizer state)
 
 that is imported when the library is: fastsae itself needs none of them.
 """
@@ -52,12 +51,6 @@ def _saes_in(obj: object) -> list[tuple[ModuleType, nn.Module]]:
     return found
 
 
-def _settle(obj: object, adapters: list[ModuleType]) -> None:
-    for adapter in dict.fromkeys(adapters):
-        if hasattr(adapter, "settle"):
-            adapter.settle(obj)
-
-
 def accelerate(obj: T) -> T:
     """Makes another library's SAEs run on fastsae's operators, in place; returns obj.
 
@@ -71,11 +64,9 @@ def accelerate(obj: T) -> T:
     Raises:
         TypeError: nothing in obj is known to any adapter.
     """
-    found = _saes_in(obj)
-    for adapter, sae in found:
+    for adapter, sae in _saes_in(obj):
         if record_of(sae) is None:
             adapter.accelerate(sae)
-    _settle(obj, [adapter for adapter, _ in found])
     return obj
 
 
@@ -85,9 +76,7 @@ def restore(obj: T) -> T:
     Raises:
         TypeError: nothing in obj is known to any adapter.
     """
-    found = _saes_in(obj)
-    for adapter, sae in found:
+    for adapter, sae in _saes_in(obj):
         if record_of(sae) is not None:
             adapter.restore(sae)
-    _settle(obj, [adapter for adapter, _ in found])
     return obj

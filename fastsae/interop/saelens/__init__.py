@@ -1,6 +1,5 @@
 """SAELens: its SAEs on fastsae's operators, in place (sae-lens 6)."""
 
-import torch
 from sae_lens.saes.sae import SAE
 from torch import nn
 
@@ -8,7 +7,7 @@ from fastsae.interop.record import Record, attach, detach, record_of
 from fastsae.interop.saelens import attached
 from fastsae.interop.saelens.base import _STATE, Fast
 from fastsae.interop.saelens.jumprelu import FastJumpReLUSAE, FastJumpReLUTrainingSAE
-from fastsae.interop.saelens.layout import feature_major_, follow_layout_, row_major_
+from fastsae.interop.saelens.layout import feature_major_, row_major_
 from fastsae.interop.saelens.relu import (
     FastGatedSAE,
     FastGatedTrainingSAE,
@@ -90,12 +89,3 @@ def restore(sae: nn.Module) -> None:
         row_major_(sae.W_enc)
     sae.__dict__.pop(_STATE, None)
     detach(sae)
-
-
-def settle(obj: object) -> None:
-    """Lays the optimizer state of obj, a trainer, out as its SAEs' parameters now are."""
-    trainers = [obj, *getattr(obj, "trainers", {}).values()]
-    for trainer in trainers:
-        optimizer = getattr(trainer, "optimizer", None)
-        if isinstance(optimizer, torch.optim.Optimizer):
-            follow_layout_(optimizer)
