@@ -53,12 +53,9 @@ class _RankedTraining(_Ranked, FastTraining):
             return "use_sparse_activations=True returns torch's sparse tensors"
         return super()._why_not()
 
-    @property
-    def _rescales(self) -> bool:
-        return self.cfg.rescale_acts_by_decoder_norm
-
     def _encoder_parameters(self) -> tuple[Tensor, ...]:
-        return (self.W_enc, self.b_enc, self.W_dec) if self._rescales else (self.W_enc, self.b_enc)
+        norms_of = (self.W_dec,) if self.cfg.rescale_acts_by_decoder_norm else ()
+        return self.W_enc, self.b_enc, *norms_of
 
     @staticmethod
     def _pre_activations(sae_in: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor | None = None) -> Tensor:
