@@ -6,6 +6,8 @@ import torch
 
 from fastsae.backends import dispatch, native
 from fastsae.backends.screen import screen_dtype, served
+from fastsae.interop.accelerate import saes_in
+from fastsae.interop.record import Record, record_of
 
 _OPS = (
     "encode_topk",
@@ -51,17 +53,48 @@ def _heading(what: str, choices: dict[str, dispatch.Choice]) -> str:
     return f"{what} ({'; '.join(parts)}):"
 
 
-def explain(obj: object = None) -> Explanation:
+@dataclass(frozen=True)
+class Paths:
+    """What became of the calls of accelerated SAEs of other libraries; `str` of it is a table.
+
+    records: of each SAE, in the order they are found.
+    """
+
+    records: tuple[Record, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(line for record in self.records for line in _lines(record))
+
+
+def _lines(record: Record) -> list[str]:
+    name = f"{record.library}.{record.original.__name__}"
+    if record.why_not is not None:
+        return [f"{name}: all of it is {record.library}'s own code: {record.why_not}"]
+    width = max((len(method) for method, _, _ in record.calls), default=0)
+    lines = [
+        f"  {method:<{width}}  {path}, {count} call{'' if count == 1 else 's'}{': ' if reason else ''}{reason}"
+        for (method, path, reason), count in record.calls.items()
+    ]
+    return [f"{name}, accelerated:", *(lines or ["  nothing has been called yet"])]
+
+
+def explain(obj: object = None) -> Explanation | Paths:
     """Which backend serves each operator, and why; in what precision Triton multiplies float32, where it serves.
 
     Without an argument: what ran last in this process. With an SAE or a tensor: what calls of its device and dtype
-    would run on. Raises TypeError for anything else.
+    would run on. With what `fastsae.accelerate` was called on: which path each method of each of its SAEs took, how
+    often, and why. Raises TypeError for anything else.
     """
     if obj is None:
         choices = dict(dispatch.last_choices())
         return Explanation(choices, _heading("Last calls", choices))
+    records = tuple(record for sae in saes_in(obj) if (record := record_of(sae)) is not None)
+    if records:
+        return Paths(records)
     device, dtype = getattr(obj, "device", None), getattr(obj, "dtype", None)
     if not isinstance(device, torch.device) or not isinstance(dtype, torch.dtype):
-        raise TypeError(f"obj is a {type(obj).__name__}: expected an SAE, a tensor or nothing")
+        raise TypeError(
+            f"obj is a {type(obj).__name__}: expected an SAE, a tensor, what fastsae.accelerate took, or nothing"
+        )
     choices = {op: dispatch.choose(op, device, dtype) for op in _OPS}
     return Explanation(choices, _heading(f"{type(obj).__name__} on {device} in {dtype}", choices))

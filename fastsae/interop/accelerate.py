@@ -27,13 +27,23 @@ _ADAPTERS = {
 T = TypeVar("T")
 
 
-def _saes_in(obj: object) -> list[tuple[ModuleType, nn.Module]]:
+def saes_in(obj: object) -> list[nn.Module]:
+    """The SAEs of other libraries that obj is or holds."""
+    return [sae for _, sae in _found_in(obj)]
+
+
+def _found_in(obj: object) -> list[tuple[ModuleType, nn.Module]]:
     found = []
     for library, adapter_name in _ADAPTERS.items():
         # An object of a library that was never imported cannot exist.
         if library in sys.modules:
             adapter = importlib.import_module(adapter_name)
             found += [(adapter, sae) for sae in adapter.saes_in(obj)]
+    return found
+
+
+def _saes_in(obj: object) -> list[tuple[ModuleType, nn.Module]]:
+    found = _found_in(obj)
     if not found:
         raise TypeError(
             f"obj is a {type(obj).__module__}.{type(obj).__qualname__}: expected an SAE of SAELens, sparsify or "

@@ -81,13 +81,7 @@ class GatedSAE(SAE):
         return self._gated(x, self.W_enc)[0]
 
     def _gated(self, x: Tensor, W_enc: Tensor) -> tuple[SparseCodes, SparseCodes]:
-        """The activations, and relu(gate) at the same places."""
-        # <x - b_dec, w> + b > 0 if and only if <x - b_dec, w> > -b, in floating point too.
-        places = encode_threshold(x, W_enc, None, -self.b_gate, b_dec=self._b_dec_of_input)
-        products = wide(places.values)
-        b_gate, r_mag, b_mag = (at_entries(wide(p), places) for p in (self.b_gate, self.r_mag, self.b_mag))
-        gate, magnitude = products + b_gate, products * r_mag.exp() + b_mag
-        return tuple(places.with_values(part.relu().to(x.dtype)) for part in (magnitude, gate))
+        return gated(x, W_enc, self.b_gate, self.r_mag, self.b_mag, self._b_dec_of_input)
 
     def _activate(self, x: Tensor, weights: Weights) -> Active:
         return Active(*self._gated(x, weights.encoder_rows.T))
@@ -107,3 +101,15 @@ class GatedSAE(SAE):
             "l1": Penalty(l1, self.sparsity_scale * self.l1_coefficient),
             "aux": Penalty(squared.mean(), self.aux_coefficient),
         }
+
+
+def gated(
+    x: Tensor, W_enc: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor, b_dec: Tensor | None
+) -> tuple[SparseCodes, SparseCodes]:
+    """The activations of x, 1[gate > 0] · relu(magnitude), and relu(gate) at the same places."""
+    # <x - b_dec, w> + b > 0 if and only if <x - b_dec, w> > -b, in floating point too.
+    places = encode_threshold(x, W_enc, None, -b_gate, b_dec=b_dec)
+    products = wide(places.values)
+    b_gate, r_mag, b_mag = (at_entries(wide(p), places) for p in (b_gate, r_mag, b_mag))
+    gate, magnitude = products + b_gate, products * r_mag.exp() + b_mag
+    return tuple(places.with_values(part.relu().to(x.dtype)) for part in (magnitude, gate))

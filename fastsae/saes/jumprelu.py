@@ -148,47 +148,31 @@ class JumpReLUSAE(SAE):
         if self.training and not self.learns_log:
             with torch.no_grad():
                 self.threshold.clamp_(min=0)
-        theta = self.thresholds()
-        places = encode_threshold(
-            x, weights.encoder_rows.T, self.b_enc, theta - self.bandwidth / 2, b_dec=self._b_dec_of_input
+        codes, window = jump(
+            x,
+            weights.encoder_rows,
+            self.b_enc,
+            self._b_dec_of_input,
+            self.thresholds(),
+            bandwidth=self.bandwidth,
+            ste_to_input=self.ste_to_input,
         )
-        pre = wide(places.values)
-        theta = at_entries(theta, places).to(pre.dtype)
-        distance = (pre - theta) / self.bandwidth
-        estimator = ((distance > -0.5) & (distance < 0.5)).detach()
-        # NaN stays, so that it reaches the output.
-        active = ~(pre <= theta)
-        # What is added is zero; its gradient is the estimator's.
-        moved = theta - theta.detach()
-        if self.ste_to_input:
-            moved = moved - (pre - pre.detach())
-        jump = (theta.detach() / self.bandwidth).where(estimator, 0)
-        activations = pre.where(active, 0) - jump * moved
-        steps = active.to(pre.dtype) - (1 / self.bandwidth) * moved.where(estimator, 0)
-        codes = places.with_values(activations.to(x.dtype))
-        return Active(codes, Window(places, steps, activations))
+        return Active(codes, window)
 
     def _penalties(
         self, active: Active, x: Tensor, target: Tensor, error: Reconstruction, weights: Weights
     ) -> dict[str, Penalty]:
-        value = self._l0_penalty(active.extra, weights.decoder_norms)
+        value = l0_penalty(
+            active.extra,
+            weights.decoder_norms,
+            penalty=self.penalty,
+            target_l0=self.target_l0,
+            tanh_scale=self.tanh_scale,
+        )
         penalties = {"l0": Penalty(value, self.sparsity_scale * self.l0_coefficient)}
         if self.pre_act_coefficient:
             penalties["pre_act"] = Penalty(self._pre_act(x, weights), self.pre_act_coefficient)
         return penalties
-
-    def _l0_penalty(self, window: Window, norms: Tensor | None) -> Tensor:
-        tokens = max(window.places.n_tokens, 1)
-        if self.penalty == "tanh":
-            activations = window.activations
-            if norms is not None:
-                activations = activations * at_entries(norms, window.places)
-            return (self.tanh_scale * activations).tanh().sum() / tokens
-        if self.penalty == "quadratic":
-            l0 = token_sums(window.steps, window.places)
-            return (2 / self.target_l0 * (l0 - self.target_l0).square()).sum() / tokens
-        l0 = window.steps.sum() / tokens
-        return l0 if self.penalty == "step" else (l0 / self.target_l0 - 1).square()
 
     def _pre_act(self, x: Tensor, weights: Weights) -> Tensor:
         dead = self._dead_in_training()
@@ -201,3 +185,48 @@ class JumpReLUSAE(SAE):
         pre = wide(w_enc) @ mean + self.b_enc[dead]
         below = self.thresholds()[dead] - pre
         return (below if weights.decoder_norms is None else below * weights.decoder_norms[dead]).sum()
+
+
+def jump(
+    x: Tensor,
+    encoder_rows: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor | None,
+    theta: Tensor,
+    *,
+    bandwidth: float,
+    ste_to_input: bool,
+) -> tuple[SparseCodes, Window]:
+    """The activations pre · 1[pre > θ] of x, and what penalties need; θ [d_sae] learns by estimators."""
+    places = encode_threshold(x, encoder_rows.T, b_enc, theta - bandwidth / 2, b_dec=b_dec)
+    pre = wide(places.values)
+    theta = at_entries(theta, places).to(pre.dtype)
+    distance = (pre - theta) / bandwidth
+    estimator = ((distance > -0.5) & (distance < 0.5)).detach()
+    # NaN stays, so that it reaches the output.
+    active = ~(pre <= theta)
+    # What is added is zero; its gradient is the estimator's.
+    moved = theta - theta.detach()
+    if ste_to_input:
+        moved = moved - (pre - pre.detach())
+    slope = (theta.detach() / bandwidth).where(estimator, 0)
+    activations = pre.where(active, 0) - slope * moved
+    steps = active.to(pre.dtype) - (1 / bandwidth) * moved.where(estimator, 0)
+    return places.with_values(activations.to(x.dtype)), Window(places, steps, activations)
+
+
+def l0_penalty(
+    window: Window, norms: Tensor | None, *, penalty: str, target_l0: float | None, tanh_scale: float
+) -> Tensor:
+    """The penalty of JumpReLUSAE by its name; `norms` [d_sae] weigh the activations of "tanh"."""
+    tokens = max(window.places.n_tokens, 1)
+    if penalty == "tanh":
+        activations = window.activations
+        if norms is not None:
+            activations = activations * at_entries(norms, window.places)
+        return (tanh_scale * activations).tanh().sum() / tokens
+    if penalty == "quadratic":
+        l0 = token_sums(window.steps, window.places)
+        return (2 / target_l0 * (l0 - target_l0).square()).sum() / tokens
+    l0 = window.steps.sum() / tokens
+    return l0 if penalty == "step" else (l0 / target_l0 - 1).square()
