@@ -18,6 +18,7 @@ _OPS = (
     "transpose",
     "accumulate_rows",
     "fused_update",
+    "gradient_norm",
 )
 
 

@@ -14,6 +14,7 @@ from fastsae.reference.encode import preactivations
 from fastsae.reference.precision import tokens_of, widen
 
 fused_update = reference.fused_update
+gradient_norm = reference.gradient_norm
 normalize_rows_ = reference.normalize_rows_
 project_rows_ = reference.project_rows_
 transpose = reference.transpose
