@@ -1,4 +1,8 @@
-"""Where the random bits of stochastic rounding begin."""
+"""Stochastic rounding outside the kernels, and where its random bits begin."""
+
+from torch import Tensor
+
+from fastsae.backends import torch as plain
 
 _WORD64 = (1 << 64) - 1
 
@@ -16,3 +20,9 @@ def _mix(x: int) -> int:
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _WORD64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _WORD64
     return x ^ (x >> 31)
+
+
+def round_moments_(moments: tuple[Tensor, Tensor], wide: tuple[Tensor, Tensor], rows: Tensor, stream: tuple[int, int]):
+    """Writes both moments' rows [n, d] of a parameter, float32, into bfloat16 as fused_update's kernels would."""
+    for which, (to, values) in enumerate(zip(moments, wide, strict=True)):
+        to[rows] = plain.stochastic_rounding(values, rows, stream, which)

@@ -77,4 +77,5 @@ def fused_update(
 
 
 def _rounded(moment: Tensor, stream: tuple[int, int], which: int) -> Tensor:
-    return stochastic_rounding(moment.reshape(len(moment), -1), stream, which).reshape(moment.shape)
+    rows = torch.arange(len(moment), device=moment.device)
+    return stochastic_rounding(moment.reshape(len(moment), -1), rows, stream, which).reshape(moment.shape)

@@ -160,7 +160,7 @@ def test_random_bits_are_those_of_the_definition(backend, shape):
     grads = gradients(codes, codes.values, grad_values, residual, x, None, False)
     for number, (grad, (_, m, s)) in enumerate(zip(grads, slots, strict=True)):
         stream = rounding_stream(seed, step, number)
-        random = random_bits(len(grad), grad[0].numel(), stream, grad.device).reshape(grad.shape)
+        random = random_bits(torch.arange(len(grad)), grad[0].numel(), stream).reshape(grad.shape)
         for moment, wide, drawn in (
             (result[3 * number + 1], (m + grad) / 2, random & 0xFFFF),
             (result[3 * number + 2], (s + grad.square()) / 2, random >> 16),
