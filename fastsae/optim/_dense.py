@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim.adam import adam
 
-from fastsae.ops import Slot
+from fastsae.ops import Slot, normalize_rows_
 from fastsae.ops._random import round_moments_, rounding_stream
 from fastsae.saes import SAE
 
@@ -110,6 +110,15 @@ def clip_(gradients: dict[str, Tensor], group: dict[str, Any]) -> Tensor | None:
 def share(norm: Tensor, most: float) -> Tensor:
     """What clipping to a norm of `most` leaves, as torch.nn.utils.clip_grad_norm_ has it."""
     return (most / (norm + 1e-6)).clamp(max=1)
+
+
+@torch.no_grad()
+def normalize_(W_dec: Tensor, touched: Tensor | None) -> None:
+    """Rows to unit norm: all, or those `touched`."""
+    if touched is None:
+        normalize_rows_(W_dec)
+    else:
+        W_dec[touched] = normalize_rows_(W_dec[touched])
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.ops import Slot, fused_update, gradient_norm, normalize_rows_
+from fastsae.ops import Slot, fused_update, gradient_norm
 from fastsae.optim import _dense
 from fastsae.saes import SAE, SAELoss, TopKSAE
 
@@ -119,7 +119,7 @@ class FusedAdam(torch.optim.Optimizer):
         self.grad_norm: Tensor | None = None
         self._sae = sae
         self._master_weights = master_weights
-        self._state_dtype = state_dtype or weights
+        self._state_dtype = state_dtype
         self._independent = independent
         # What a parameter's version was when its master was made or written last.
         self._versions: dict[Tensor, int] = {}
@@ -129,10 +129,12 @@ class FusedAdam(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             for moment in ("exp_avg", "exp_avg_sq"):
-                state[moment] = torch.zeros_like(
-                    parameter, dtype=self._state_dtype, memory_format=torch.preserve_format
-                )
+                dtype = self._moment_dtype(parameter)
+                state[moment] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
         return Slot(parameter.detach(), state["exp_avg"], state["exp_avg_sq"], self._master(parameter))
+
+    def _moment_dtype(self, parameter: Tensor) -> torch.dtype:
+        return self._state_dtype or (torch.float32 if self._master_weights else parameter.dtype)
 
     def _master(self, parameter: Tensor) -> Tensor | None:
         """The float32 weights; where somebody else has changed the parameter since, they are its values."""
@@ -174,7 +176,7 @@ class FusedAdam(torch.optim.Optimizer):
     def _as_kept(self, parameter: Tensor, key: str, value: Any) -> Tensor:
         if key == "step":
             return torch.tensor(float(value), dtype=torch.float32)
-        dtype = torch.float32 if key == "master" else self._state_dtype
+        dtype = torch.float32 if key == "master" else self._moment_dtype(parameter)
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False).copy_(value)
 
     def step(self, x: Tensor, target: Tensor | None = None) -> SAELoss:
@@ -297,7 +299,7 @@ class FusedAdam(torch.optim.Optimizer):
             self._dense_step(name, slot, gradients[name], rows)
         if sae.normalize_decoder and "W_dec" in parameters:
             W_dec = self._slot(sae.W_dec)
-            normalize_rows_(W_dec.parameter if W_dec.master is None else W_dec.master)
+            _dense.normalize_(W_dec.parameter if W_dec.master is None else W_dec.master, rows)
             if W_dec.master is not None:
                 W_dec.parameter.copy_(W_dec.master)
         self._remember_versions()
