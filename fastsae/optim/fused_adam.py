@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastsae.ops import Slot, fused_update, gradient_norm
 from fastsae.optim import _dense
-from fastsae.saes import SAE, SAELoss, TopKSAE
+from fastsae.saes import SAE, SAELoss
 
 # What torch.optim.Adam's groups have besides ours.
 _OF_ADAM = ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
@@ -19,10 +19,11 @@ class FusedAdam(torch.optim.Optimizer):
         loss = opt.step(x)          # the same loss, and the same update up to rounding, as
                                     # loss = sae.loss(x); loss.total.backward(); adam.step() with the decoder hooks
 
-    The gradients of a TopKSAE's W_enc, b_enc and W_dec are made latent by latent and used at once
-    (`fastsae.ops.fused_update`). A step in which AuxK acts, a TopKSAE with a skip connection or Multi-TopK, and other
-    architectures take autograd's way, with the same Adam state. The decoder's projection and normalisation
-    are part of the step: do not also register `sae.register_optimizer_hooks`.
+    The gradients of W_enc, b_enc and W_dec are made latent by latent and used at once (`fastsae.ops.fused_update`) for
+    TopK, BatchTopK, ReLU and JumpReLU. A step in which AuxK acts, a TopKSAE with a skip connection or Multi-TopK,
+    penalties on the decoder's norms or on dead latents (a ReLUSAE's default has the first), Matryoshka and Gated take
+    autograd's way, with the same Adam state; `sae.gradients_by_formula` tells. The decoder's projection and
+    normalisation are part of the step: do not also register `sae.register_optimizer_hooks`.
 
     What needs gradients before the update, their accumulation and their reduction over processes, goes by autograd:
 
@@ -226,7 +227,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     def _may_fuse(self, x: Tensor) -> bool:
         sae = self._sae
-        if not isinstance(sae, TopKSAE) or not sae.gradients_by_formula or sae.auxk_will_act(x):
+        if not sae.gradients_by_formula or sae.auxk_will_act(x):
             return False
         parameters = list(sae.parameters())
         steps = {float(self.state[p].get("step", 0.0)) for p in parameters}
@@ -247,15 +248,16 @@ class FusedAdam(torch.optim.Optimizer):
             "clip_row_norm": group["clip_row_norm"],
         }
         batch = loss.codes, parts.grad_values, parts.residual, parts.x
-        grad_b_dec, scale = parts.grad_b_dec, None
+        small, scale = {"b_dec": parts.grad_b_dec, **parts.others}, None
         if group["clip_value"] is not None:
-            grad_b_dec = grad_b_dec.clamp(-group["clip_value"], group["clip_value"])
+            small = {n: grad.clamp(-group["clip_value"], group["clip_value"]) for n, grad in small.items()}
         if group["clip_norm"] is not None:
             W_dec = slots["W_dec"]
             norm = gradient_norm(*batch, W_dec.parameter if W_dec.master is None else W_dec.master, **shared)
-            self.grad_norm = torch.hypot(norm, torch.linalg.vector_norm(grad_b_dec, dtype=norm.dtype))
+            norms = [norm, *(torch.linalg.vector_norm(grad, dtype=norm.dtype) for grad in small.values())]
+            self.grad_norm = torch.linalg.vector_norm(torch.stack(norms))
             scale = _dense.share(self.grad_norm, group["clip_norm"]).to(torch.promote_types(sae.dtype, torch.float32))
-            grad_b_dec = grad_b_dec * scale.to(grad_b_dec.dtype)
+            small = {n: grad * scale.to(grad.dtype) for n, grad in small.items()}
         fused_update(
             *batch,
             slots["W_enc"],
@@ -271,7 +273,9 @@ class FusedAdam(torch.optim.Optimizer):
             seed=group["seed"],
             **shared,
         )
-        self._dense_step("b_dec", slots["b_dec"], grad_b_dec, None)
+        touched = (loss.codes.feature_counts() > 0).nonzero()[:, 0] if group["lazy"] and parts.others else None
+        for name, gradient in small.items():
+            self._dense_step(name, slots[name], gradient, touched)
         self._remember_versions()
         return loss
 

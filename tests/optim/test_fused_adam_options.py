@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
+from architectures import SETTINGS, batch, build
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fastsae
 from fastsae import ops
 from fastsae.ops import Slot
-from fastsae.optim import FusedAdam, _dense
-from fastsae.saes.registry import ARCHITECTURES
+from fastsae.optim import FusedAdam, _dense, fused_adam
 from fastsae.testing import assert_accurate, assert_same_bits, backends, random_codes
 from fastsae.training import update
 
@@ -37,10 +37,10 @@ def schedule(optimizer, steps):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / steps))
 
 
-def autograd_step(sae, optimizer, x, clip_value=None, clip_row_norm=None, clip_norm=None):
+def autograd_step(sae, optimizer, x, target=None, *, clip_value=None, clip_row_norm=None, clip_norm=None):
     """torch's optimizer and torch's clipping; -> the norm before the last clip."""
     optimizer.zero_grad()
-    sae.loss(x).total.backward()
+    sae.loss(x, target).total.backward()
     sae.project_decoder_grad_()
     if clip_value is not None:
         torch.nn.utils.clip_grad_value_(sae.parameters(), clip_value)
@@ -145,21 +145,30 @@ def test_clipping_to_a_norm_is_that_of_training_update(clip):
     assert_close(ours, theirs)
 
 
-EXTRA = {"topk": {"k": K}, "batchtopk": {"k": K}, "matryoshka": {"k": K, "widths": [8, 20, D_SAE]}}
+@pytest.mark.parametrize(("name", "options"), SETTINGS, ids=str)
+def test_every_architecture_and_option(name, options, monkeypatch):
+    """Clipped steps in float64 beside autograd's, some latents dead; the fused pass runs where the SAE says so."""
+    passes = []
 
+    def fused_update(*args, **settings):
+        passes.append(args)
+        ops.fused_update(*args, **settings)
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_takes_the_options(architecture):
-    def build():
-        torch.manual_seed(0)
-        return ARCHITECTURES[architecture](D_IN, D_SAE, dtype=torch.float64, **EXTRA.get(architecture, {}))
-
-    ours, theirs = build(), build()
-    fused, plain = FusedAdam(ours, lr=1e-2, **CLIPS), torch.optim.Adam(theirs.parameters(), lr=1e-2)
-    for x in batches(5):
-        fused.step(x)
-        autograd_step(theirs, plain, x, **CLIPS)
-    assert_close(ours, theirs)
+    monkeypatch.setattr(fused_adam, "fused_update", fused_update)
+    ours = build(name, options, torch.float64)
+    theirs = copy.deepcopy(ours)
+    settings = {"lr": 1e-2, "eps": 1e-3}
+    fused, plain = FusedAdam(ours, **settings, **CLIPS), torch.optim.Adam(theirs.parameters(), **settings)
+    expected = 0
+    for _ in range(3):
+        x, target = (None if t is None else t.double() for t in batch(ours))
+        expected += ours.gradients_by_formula and not ours.auxk_will_act(x)
+        fused.step(x, target)
+        assert all(p.grad is None for p in ours.parameters())
+        autograd_step(theirs, plain, x, target, **CLIPS)
+    # A JumpReLU's thresholds are float32 in any SAE.
+    assert_close(ours, theirs, 1e-12 if {p.dtype for p in ours.parameters()} == {torch.float64} else 1e-6)
+    assert len(passes) == expected
 
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["adam", "lazy"])
@@ -179,6 +188,32 @@ def test_accumulated_gradients_take_the_same_step(lazy):
             each.step()
     assert_close(ours, theirs)
     assert abs(whole.grad_norm - halves.grad_norm) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("BatchTopKSAE", {"k": 3.7}),
+        ("ReLUSAE", {"l1_weight": "none"}),
+        ("JumpReLUSAE", {"bandwidth": 0.5, "threshold_init": 0.3, "penalty": "quadratic", "target_l0": 7}),
+    ],
+)
+def test_lazy_steps_of_ragged_codes(name, options):
+    """The fused pass beside the step on autograd's gradients; few tokens, so that most latents rest."""
+    ours = build(name, options, torch.float64)
+    theirs = copy.deepcopy(ours)
+    fused, other = (FusedAdam(sae, lr=1e-2, eps=1e-3, lazy=True, **CLIPS) for sae in (ours, theirs))
+    for _ in range(4):
+        x = batch(ours, 2)[0].double()
+        before = ours.W_enc.detach().T.clone()
+        loss = fused.step(x)
+        idle = loss.codes.feature_counts() == 0
+        assert idle.any()
+        assert_same_bits(ours.W_enc.detach().T[idle], before[idle])
+        theirs.loss(x).total.backward()
+        other.step_from_gradients()
+        other.zero_grad()
+    assert_close(ours, theirs, 1e-12 if {p.dtype for p in ours.parameters()} == {torch.float64} else 1e-6)
 
 
 def test_lazy_run_is_that_of_sparse_adam():
