@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim.adam import adam
 
+from fastsae.codes import SparseCodes
 from fastsae.ops import Slot, normalize_rows_
 from fastsae.ops._random import round_moments_, rounding_stream
 from fastsae.saes import SAE
@@ -119,6 +120,12 @@ def normalize_(W_dec: Tensor, touched: Tensor | None) -> None:
         normalize_rows_(W_dec)
     else:
         W_dec[touched] = normalize_rows_(W_dec[touched])
+
+
+def has_entry(codes: SparseCodes) -> Tensor:
+    """Which latents a batch names, if only with a zero: bool [d_sae]."""
+    named = torch.zeros(codes.d_sae, dtype=torch.bool, device=codes.device)
+    return named.index_fill_(0, codes.indices.reshape(-1).long(), True)
 
 
 @torch.no_grad()

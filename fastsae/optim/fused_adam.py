@@ -198,7 +198,7 @@ class FusedAdam(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = self._sae.loss(x, target)
             loss.total.backward()
-        self._step_on_gradients(loss.codes.feature_counts() > 0)
+        self._step_on_gradients(_dense.has_entry(loss.codes))
         self.zero_grad(set_to_none=True)
         return loss
 
@@ -273,7 +273,7 @@ class FusedAdam(torch.optim.Optimizer):
             seed=group["seed"],
             **shared,
         )
-        touched = (loss.codes.feature_counts() > 0).nonzero()[:, 0] if group["lazy"] and parts.others else None
+        touched = _dense.has_entry(loss.codes).nonzero()[:, 0] if group["lazy"] and parts.others else None
         for name, gradient in small.items():
             self._dense_step(name, slots[name], gradient, touched)
         self._remember_versions()
