@@ -41,10 +41,9 @@ void adam_row(const AdamLanes& a, const RandomStream& stream, int64_t f, const f
   const RandomRow row(stream, f);
   const auto store_moments = [&](int64_t i, const Step& next, int64_t count) {
     if constexpr (kStochastic) {
-      uint32_t random[kLanes];
-      row.bits(i, random);
-      store_stochastic<0>(m + i, next.first, random, count);
-      store_stochastic<16>(s + i, next.second, random, count);
+      const U16 random = row.bits(i);
+      store_stochastic(m + i, next.first, lower_half(random), count);
+      store_stochastic(s + i, next.second, shift_right<16>(random), count);
     } else if (count == kLanes) {
       store(m + i, next.first);
       store(s + i, next.second);
