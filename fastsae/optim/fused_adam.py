@@ -30,7 +30,8 @@ class FusedAdam(torch.optim.Optimizer):
         for part in parts:
             (sae.loss(part).total / len(parts)).backward()
         for p in sae.parameters():                      # with several processes
-            torch.distributed.all_reduce(p.grad, torch.distributed.ReduceOp.AVG)
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= torch.distributed.get_world_size()
         opt.step_from_gradients()
         opt.zero_grad()
 

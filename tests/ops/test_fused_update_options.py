@@ -13,7 +13,7 @@ from fastsae.reference.stochastic_rounding import random_bits
 from fastsae.testing import assert_accurate, assert_same_bits, backends, random_codes
 
 # The last one's codes are ragged, with tokens and latents that have no entry.
-SHAPES = [(1, 2, 1, 1), (37, 33, 23, 5), (19, 16, 31, None)]
+SHAPES = [(1, 2, 1, 1), (37, 33, 11, 3), (7, 16, 13, None)]
 ADAM = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-3}
 CLIPS = [{"clip_value": 2.5}, {"clip_row_norm": 7.0}, {"clip_value": 2.5, "clip_row_norm": 7.0}]
 
@@ -150,7 +150,7 @@ def whole_numbers(n, d, f, k):
     return codes, (3 * grad_values).round(), (9 * residual).round(), (9 * x).round(), slots
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (37, 33, 47, 7), (23, 80, 31, None)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (37, 33, 13, 5), (11, 80, 17, None)], ids=str)
 def test_random_bits_are_those_of_the_definition(backend, shape):
     codes, grad_values, residual, x, slots = whole_numbers(*shape)
     step, seed = 5, 2**40 + 7
@@ -172,7 +172,7 @@ def test_random_bits_are_those_of_the_definition(backend, shape):
             assert_same_bits(moment, torch.where(drawn + share >= 0x10000, up, down).bfloat16())
 
 
-def decayed(seed, step, d=128, f=96):
+def decayed(seed, step, d=200, f=37):
     """First and second moments of a step without gradients: 0.9 of ±1 and 0.999 of 1."""
     codes = fastsae.SparseCodes(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32), f)
     signs = torch.ones(f, d).bfloat16()
@@ -183,10 +183,11 @@ def decayed(seed, step, d=128, f=96):
     return result[1] * signs, result[2], result[7] * signs, result[8]
 
 
+@pytest.mark.costly
 def test_rounding_has_the_right_mean(backend):
     """Five standard deviations of a fair coin's mean around the float32 value; only its two neighbours appear."""
     firsts, seconds = [], []
-    for seed, step in ((0, 1), (0, 2), (1, 1), (2**33, 1)):
+    for seed, step in ((0, 1), (0, 2), (1, 1)):
         encoder_first, encoder_second, decoder_first, decoder_second = decayed(seed, step)
         firsts += [encoder_first, decoder_first]
         seconds += [encoder_second, decoder_second]
@@ -260,7 +261,7 @@ def test_same_bits_with_any_number_of_threads_and_instruction_set(lazy):
 
 def test_masters_take_every_option(backend):
     """Parameters in bfloat16, masters in float32, moments in bfloat16: the masters go as float32 parameters do."""
-    codes, grad_values, residual, x, slots = inputs(37, 40, 50, 4, torch.bfloat16)
+    codes, grad_values, residual, x, slots = inputs(13, 40, 11, 2, torch.bfloat16)
     clips = {"clip_value": 2.5, "clip_row_norm": 7.0}
     options = {**clips, "gradient_scale": torch.tensor(0.5), "seed": 1, "step": 2, "unit_norm": True}
     slots = [(p, m, s, p.float()) for p, m, s in slots]

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from fastsae.ops import Slot
 from fastsae.optim import FusedAdam, _dense, fused_adam
 from fastsae.testing import assert_accurate, assert_same_bits, backends, random_codes
 from fastsae.training import update
+
+from . import data_parallel
 
 D_IN, D_SAE, K = 12, 40, 4
 CLIPS = {"clip_value": 0.002, "clip_row_norm": 0.006, "clip_norm": 0.02}
@@ -442,6 +446,22 @@ def test_several_processes_need_gradients():
     finally:
         torch.distributed.destroy_process_group()
     optimizer.step(x)
+
+
+def test_two_processes_train_one_sae(tmp_path):
+    """Each on half of the tokens, with their gradients averaged: the steps of one process on all of them."""
+    file = tmp_path / "meeting"
+    other = subprocess.Popen([sys.executable, data_parallel.__file__, "1", str(file)])
+    try:
+        ours, optimizer = data_parallel.train(0, file)
+    finally:
+        assert other.wait(timeout=60) == 0
+    theirs, alone, x = data_parallel.build()
+    for _ in range(3):
+        alone.step(x)
+    assert_close(ours, theirs)
+    assert alone.grad_norm > 0.5
+    assert abs(optimizer.grad_norm - alone.grad_norm) < 1e-12
 
 
 def test_a_scheduler_knows_of_steps_from_gradients(recwarn):
