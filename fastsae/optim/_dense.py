@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim.adam import adam
 
 from fastsae.codes import SparseCodes
@@ -50,6 +49,8 @@ def adam_(rows: Rows, group: dict[str, Any], step: int, touched: Tensor | None) 
     Moments in bfloat16 beside wider weights are rounded at random by the group's seed.
     """
     lazy = touched is not None and rows.by_latent
+    if lazy and group["weight_decay"]:
+        raise ValueError(f"weight_decay = {group['weight_decay']} with lazy=True: expected 0, as SparseAdam has none")
     stochastic = rows.first.dtype != rows.weight.dtype
     eps = group["eps"] / (1 - group["betas"][1] ** step) ** 0.5 if lazy else group["eps"]
     if not (lazy or stochastic):
@@ -99,13 +100,20 @@ def clip_(gradients: dict[str, Tensor], group: dict[str, Any]) -> Tensor | None:
             gradient.clamp_(-group["clip_value"], group["clip_value"])
     if group["clip_row_norm"] is not None:
         for rows in [gradients[name].T if name == "W_enc" else gradients[name] for name in ("W_enc", "W_dec")]:
-            rows.mul_(share(torch.linalg.vector_norm(rows, dim=1, keepdim=True), group["clip_row_norm"]))
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide(rows))
+            rows.mul_(share(norms, group["clip_row_norm"]))
     if group["clip_norm"] is None:
         return None
-    norm = get_total_norm(gradients.values())
+    norms = [torch.linalg.vector_norm(gradient, dtype=wide(gradient)) for gradient in gradients.values()]
+    norm = torch.stack([part.double() for part in norms]).norm()
     for gradient in gradients.values():
         gradient.mul_(share(norm, group["clip_norm"]))
     return norm
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """The dtype of its norms."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def share(norm: Tensor, most: float) -> Tensor:

@@ -231,7 +231,7 @@ class FusedAdam(torch.optim.Optimizer):
         if not sae.gradients_by_formula or sae.auxk_will_act(x):
             return False
         parameters = list(sae.parameters())
-        steps = {float(self.state[p].get("step", 0.0)) for p in parameters}
+        steps = {float(self.state.get(p, {}).get("step", 0.0)) for p in parameters}
         return len(steps) == 1 and all(parameter.requires_grad for parameter in parameters)
 
     @torch.no_grad()

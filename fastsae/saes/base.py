@@ -10,19 +10,11 @@ from fastsae.codes import SparseCodes
 from fastsae.ops import decode, normalize_rows_, project_rows_, squared_error
 from fastsae.saes import files, normalization
 from fastsae.saes.age import AgeBound
+from fastsae.saes.code_gradients import HasCodeGradients
 from fastsae.saes.decoder_norms import with_norms
 from fastsae.saes.initialization import SCHEMES, geometric_median, initialize
 from fastsae.saes.inputs import HasInputs
-from fastsae.saes.loss import (
-    RECONSTRUCTIONS,
-    CodeGradients,
-    Penalty,
-    Reconstruction,
-    SAELoss,
-    objective_of,
-    row_scale_of,
-    variance,
-)
+from fastsae.saes.loss import RECONSTRUCTIONS, Penalty, Reconstruction, SAELoss, objective_of, variance
 from fastsae.saes.options import flag, one_of, size
 
 
@@ -74,6 +66,7 @@ def feature_major(d_in: int, d_sae: int, **kwargs: Any) -> nn.Parameter:
 
 
 class SAE(
+    HasCodeGradients,
     HasInputs,
     ModelHubMixin,
     library_name="fastsae",
@@ -284,41 +277,6 @@ class SAE(
             if penalty.coefficient:
                 total = total + penalty.coefficient * penalty.value.to(total.dtype)
         return SAELoss(total, terms, active.codes), active, error
-
-    @property
-    def gradients_by_formula(self) -> bool:
-        """Whether `loss_with_gradients` covers this SAE's options, but for AuxK.
-
-        The gradients of W_enc, b_enc and W_dec must all follow from those of the pre-activations and of x̂.
-        """
-        return False
-
-    def auxk_will_act(self, x: Tensor) -> bool:
-        """Whether the next `loss(x)` in training mode may have an AuxK term."""
-        return False
-
-    def loss_with_gradients(self, x: Tensor, target: Tensor | None = None) -> tuple[SAELoss, CodeGradients]:
-        """`loss` and what is left of its backward without the three large gradients: for optimizers that fuse these.
-
-        The gradient of the reconstruction is row_scale_n · residual_n; those of W_dec and W_enc follow from it and
-        grad_values (see fastsae.ops.fused_update). AuxK is left out, and what `gradients_by_formula` is False for.
-        """
-        x, target = self._batch(x, target)
-        others = {n: p for n, p in self.named_parameters() if n not in ("W_enc", "b_enc", "W_dec", "b_dec")}
-        with torch.enable_grad():
-            weights = Weights(self.W_enc.T.detach(), self.W_dec.detach(), None)
-            loss, active, error = self._loss(x, target, weights)
-            wanted = [self._preactivations(active), self.b_dec, *others.values()]
-            grad_values, grad_b_dec, *rest = torch.autograd.grad(loss.total, wanted, materialize_grads=True)
-        row_scale = row_scale_of(target, self.reconstruction, variance(target))
-        gradients = dict(zip(others, rest, strict=True))
-        residual = error.residual.detach()
-        loss = SAELoss(loss.total.detach(), {n: t.detach() for n, t in loss.terms.items()}, loss.codes.detach())
-        return loss, CodeGradients(x, residual, row_scale, grad_values, grad_b_dec, gradients)
-
-    def _preactivations(self, active: Active) -> Tensor:
-        """What the encoder returned, at the places of the codes."""
-        return active.codes.values
 
     def _weights(self) -> Weights:
         if self._weighs_by_norms:

@@ -66,23 +66,6 @@ def variance(x: Tensor) -> Tensor:
     return x.detach().to(wide).var(dim=0, unbiased=False).sum()
 
 
-class CodeGradients(NamedTuple):
-    """What a fused update needs besides the codes; rows are tokens."""
-
-    x: Tensor  # what was encoded, normalised [n_tokens, d_in]
-    residual: Tensor  # x̂ - target [n_tokens, d_out]
-    row_scale: Tensor  # the gradient of x̂_n is row_scale_n · residual_n
-    grad_values: Tensor  # gradient of the pre-activations at the places of the codes, of their shape
-    grad_b_dec: Tensor  # [d_out]
-    others: dict[str, Tensor]  # gradients of parameters beside W_enc, b_enc, W_dec and b_dec, by name
-
-
-def row_scale_of(target: Tensor, reconstruction: str, total_variance: Tensor) -> Tensor:
-    """CodeGradients.row_scale of an objective, for a target of this variance."""
-    share = objective_of(torch.ones_like(total_variance), 1 / total_variance, reconstruction, target.shape[1])
-    return (2 * share / max(target.shape[0], 1)).expand(target.shape[0]).contiguous()
-
-
 def zero_of(x: Tensor) -> Tensor:
     """The term that is not there: 0 in the dtype of losses."""
     return x.new_zeros((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)

@@ -11,7 +11,8 @@ from fastsae.ops.accumulate_rows import accumulate_rows_op
 from fastsae.ops.transpose import transposed
 from fastsae.saes.auxk import HasAuxK
 from fastsae.saes.base import Active, SAEOptions, Weights
-from fastsae.saes.loss import CodeGradients, Penalty, Reconstruction, SAELoss, objective_of, row_scale_of, variance
+from fastsae.saes.code_gradients import CodeGradients, row_scale_of
+from fastsae.saes.loss import Penalty, Reconstruction, SAELoss, objective_of, variance
 from fastsae.saes.options import flag, one_of
 from fastsae.saes.registry import register
 
