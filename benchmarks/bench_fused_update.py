@@ -1,5 +1,7 @@
-"""fused_update beside the operators it fuses: two accumulate_rows, the projection, torch's fused Adam, unit rows."""
+"""fused_update beside the operators it fuses: two accumulate_rows, the projection, torch's fused Adam, unit rows; and
+with each of its options."""
 
+import pytest
 import torch
 
 from fastsae import ops
@@ -26,6 +28,33 @@ def bench_fused_update(measure, problem):
             codes, parts.grad_values, parts.residual, parts.x, *slots, lr=1e-6, step=1,
             b_dec=problem.sae.b_dec, row_scale=parts.row_scale, unit_norm=True,
         )  # fmt: skip
+
+    measure(fused, work.update(problem.shape, problem.x.element_size()))
+
+
+OPTIONS = {
+    "clip_value": {"clip_value": 1e-3},
+    "clip_row_norm": {"clip_row_norm": 1e-3},
+    "clip_norm, two passes": {},
+    "lazy": {"lazy": True},
+    "bfloat16 moments": {},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@torch.no_grad()
+def bench_fused_update_with(measure, problem, name):
+    codes, parts, weights = _inputs(problem)
+    moments = torch.bfloat16 if name == "bfloat16 moments" else problem.dtype
+    slots = [ops.Slot(p, *(torch.zeros_like(p, dtype=moments) for _ in range(2))) for p in weights]
+    batch = codes, parts.grad_values, parts.residual, parts.x
+    shared = {"b_dec": problem.sae.b_dec, "row_scale": parts.row_scale, "unit_norm": True}
+
+    def fused():
+        scale = None
+        if name == "clip_norm, two passes":
+            scale = (1e-3 / (ops.gradient_norm(*batch, weights[2], **shared) + 1e-6)).clamp(max=1).float()
+        ops.fused_update(*batch, *slots, lr=1e-6, step=1, gradient_scale=scale, **shared, **OPTIONS[name])
 
     measure(fused, work.update(problem.shape, problem.x.element_size()))
 

@@ -22,6 +22,7 @@ def step(d_in: int, d_sae: int, k: int, n_tokens: int, dtype: torch.dtype) -> No
     optimizer = torch.optim.Adam(sae.parameters())
     sae.loss(x).total.backward()
     update(sae, optimizer)
+    sae.zero_grad()
     fastsae.optim.FusedAdam(sae).step(x)
 
 

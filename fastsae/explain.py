@@ -20,6 +20,7 @@ _OPS = (
     "transpose",
     "accumulate_rows",
     "fused_update",
+    "gradient_norm",
 )
 
 

@@ -314,15 +314,41 @@ PYBIND11_MODULE(_cpu, m) {
       },
       release_gil());
   m.def(
+      "gradient_norm",
+      [](Address values, Address grad_values, Address latent_offsets, Address tokens,
+         Address entries, int64_t d_sae, Address g, int64_t g_stride, Address row_scale, Address x,
+         int64_t x_stride, Address b_dec, int64_t d_in, int64_t d_out, int dtype, Address w_dec,
+         int64_t w_dec_stride, int weight_dtype, bool unit_norm, float clip_value,
+         float clip_row_norm) {
+        return fastsae::kernels().gradient_norm(
+            {at<const void>(values),
+             at<const void>(grad_values),
+             {at<const int64_t>(latent_offsets), at<const int32_t>(tokens),
+              at<const int64_t>(entries), d_sae},
+             matrix(g, g_stride, dtype),
+             at<const float>(row_scale),
+             matrix(x, x_stride, dtype),
+             at<const float>(b_dec),
+             d_in,
+             d_out,
+             mutable_matrix(w_dec, w_dec_stride, weight_dtype),
+             unit_norm,
+             clip_value,
+             clip_row_norm});
+      },
+      release_gil());
+  m.def(
       "fused_update",
       [](Address values, Address grad_values, Address latent_offsets, Address tokens,
          Address entries, int64_t d_sae, Address g, int64_t g_stride, Address row_scale, Address x,
          int64_t x_stride, Address b_dec, int64_t d_in, int64_t d_out, int dtype,
          std::array<Address, 3> w_enc, std::array<int64_t, 3> w_enc_strides,
          std::array<Address, 3> b_enc, std::array<Address, 3> w_dec,
-         std::array<int64_t, 3> w_dec_strides, int state_dtype, std::array<Address, 3> copies,
-         std::array<int64_t, 3> copy_strides, double lr, double beta1, double beta2, double eps,
-         double weight_decay, int64_t step, bool unit_norm) {
+         std::array<int64_t, 3> w_dec_strides, int weight_dtype, int moment_dtype,
+         std::array<Address, 3> copies, std::array<int64_t, 3> copy_strides, double lr,
+         double beta1, double beta2, double eps, double weight_decay, int64_t step, bool unit_norm,
+         float clip_value, float clip_row_norm, float gradient_scale, bool lazy,
+         std::array<uint32_t, 6> streams) {
         const double correction1 = 1 - std::pow(beta1, static_cast<double>(step));
         const double correction2 = 1 - std::pow(beta2, static_cast<double>(step));
         fastsae::FusedUpdate update = {};
@@ -336,26 +362,35 @@ PYBIND11_MODULE(_cpu, m) {
         update.b_dec = at<const float>(b_dec);
         update.d_in = d_in;
         update.d_out = d_out;
-        update.w_enc = mutable_matrix(w_enc[0], w_enc_strides[0], state_dtype);
-        update.w_enc_first = mutable_matrix(w_enc[1], w_enc_strides[1], state_dtype);
-        update.w_enc_second = mutable_matrix(w_enc[2], w_enc_strides[2], state_dtype);
-        update.b_enc = mutable_matrix(b_enc[0], 1, state_dtype);
-        update.b_enc_first = mutable_matrix(b_enc[1], 1, state_dtype);
-        update.b_enc_second = mutable_matrix(b_enc[2], 1, state_dtype);
-        update.w_dec = mutable_matrix(w_dec[0], w_dec_strides[0], state_dtype);
-        update.w_dec_first = mutable_matrix(w_dec[1], w_dec_strides[1], state_dtype);
-        update.w_dec_second = mutable_matrix(w_dec[2], w_dec_strides[2], state_dtype);
+        update.unit_norm = unit_norm;
+        update.clip_value = clip_value;
+        update.clip_row_norm = clip_row_norm;
+        update.w_enc = mutable_matrix(w_enc[0], w_enc_strides[0], weight_dtype);
+        update.w_enc_first = mutable_matrix(w_enc[1], w_enc_strides[1], moment_dtype);
+        update.w_enc_second = mutable_matrix(w_enc[2], w_enc_strides[2], moment_dtype);
+        update.b_enc = mutable_matrix(b_enc[0], 1, weight_dtype);
+        update.b_enc_first = mutable_matrix(b_enc[1], 1, moment_dtype);
+        update.b_enc_second = mutable_matrix(b_enc[2], 1, moment_dtype);
+        update.w_dec = mutable_matrix(w_dec[0], w_dec_strides[0], weight_dtype);
+        update.w_dec_first = mutable_matrix(w_dec[1], w_dec_strides[1], moment_dtype);
+        update.w_dec_second = mutable_matrix(w_dec[2], w_dec_strides[2], moment_dtype);
+        update.w_enc_stream = {streams[0], streams[1]};
+        update.b_enc_stream = {streams[2], streams[3]};
+        update.w_dec_stream = {streams[4], streams[5]};
         update.w_enc_copy = mutable_matrix(copies[0], copy_strides[0], dtype);
         update.b_enc_copy = mutable_matrix(copies[1], copy_strides[1], dtype);
         update.w_dec_copy = mutable_matrix(copies[2], copy_strides[2], dtype);
+        // torch.optim.SparseAdam adds eps to the root before it is corrected.
+        const double scale_of_eps = lazy ? 1 / std::sqrt(correction2) : 1.0;
         update.adam = {static_cast<float>(1 - beta1),
                        static_cast<float>(beta2),
                        static_cast<float>(1 - beta2),
                        static_cast<float>(lr / correction1),
                        static_cast<float>(1 / std::sqrt(correction2)),
-                       static_cast<float>(eps),
+                       static_cast<float>(eps * scale_of_eps),
                        static_cast<float>(weight_decay)};
-        update.unit_norm = unit_norm;
+        update.gradient_scale = gradient_scale;
+        update.lazy = lazy;
         fastsae::kernels().fused_update(update);
       },
       release_gil());

@@ -27,6 +27,7 @@ const KernelTable table = {
     sampled_dot,
     accumulate_rows,
     fused_update,
+    gradient_norm,
     normalize_rows,
     project_rows,
 };

@@ -46,6 +46,7 @@ struct KernelTable {
                           int64_t d, const float* shift, const float* row_scale, bool dense,
                           MutableMatrix out, void* value_sums);
   void (*fused_update)(const FusedUpdate& update);
+  double (*gradient_norm)(const LatentGradients& of);
   void (*normalize_rows)(MutableMatrix rows, int64_t n, int64_t d, float eps);
   void (*project_rows)(MutableMatrix grad, Matrix rows, int64_t n, int64_t d);
 };

@@ -1,5 +1,8 @@
 """The C++ kernels: checks tensors, allocates results, and passes addresses."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -234,6 +237,11 @@ def fused_update(
     weight_decay: float,
     step: int,
     unit_norm: bool,
+    clip_value: float | None = None,
+    clip_row_norm: float | None = None,
+    gradient_scale: Tensor | None = None,
+    lazy: bool = False,
+    streams: Sequence[int] = (),
 ) -> None:
     values, grad_values, g, x = values.contiguous(), grad_values.contiguous(), rows_of(g), rows_of(x)
     row_scale, b_dec = floats(row_scale), floats(b_dec)
@@ -245,7 +253,38 @@ def fused_update(
         latent_offsets.numel() - 1, address(g), g.stride(0), address(row_scale), address(x), x.stride(0),
         address(b_dec), x.shape[1], g.shape[1], _DTYPES[g.dtype],
         [address(t) for t in w_enc], [t.stride(0) for t in w_enc], [address(t) for t in b_enc],
-        [address(t) for t in w_dec], [t.stride(0) for t in w_dec], _DTYPES[w_dec[0].dtype],
+        [address(t) for t in w_dec], [t.stride(0) for t in w_dec], _DTYPES[w_dec[0].dtype], _DTYPES[w_dec[1].dtype],
         [address(t) for t in copies], [0 if t is None else t.stride(0) for t in copies],
-        lr, beta1, beta2, eps, weight_decay, step, unit_norm,
+        lr, beta1, beta2, eps, weight_decay, step, unit_norm, _clip(clip_value), _clip(clip_row_norm),
+        1.0 if gradient_scale is None else float(gradient_scale), lazy, [*streams] or [0] * 6,
     )  # fmt: skip
+
+
+def gradient_norm(
+    values: Tensor,
+    grad_values: Tensor,
+    latent_offsets: Tensor,
+    tokens: Tensor,
+    entries: Tensor,
+    g: Tensor,
+    row_scale: Tensor | None,
+    x: Tensor,
+    b_dec: Tensor | None,
+    w_dec: Tensor,
+    unit_norm: bool,
+    clip_value: float | None,
+    clip_row_norm: float | None,
+) -> Tensor:
+    values, grad_values, g, x = values.contiguous(), grad_values.contiguous(), rows_of(g), rows_of(x)
+    row_scale, b_dec, w_dec = floats(row_scale), floats(b_dec), rows_of(w_dec)
+    norm = native.cpu.gradient_norm(
+        address(values), address(grad_values), address(latent_offsets), address(tokens), address(entries),
+        latent_offsets.numel() - 1, address(g), g.stride(0), address(row_scale), address(x), x.stride(0),
+        address(b_dec), x.shape[1], g.shape[1], _DTYPES[g.dtype], address(w_dec), w_dec.stride(0),
+        _DTYPES[w_dec.dtype], unit_norm, _clip(clip_value), _clip(clip_row_norm),
+    )  # fmt: skip
+    return torch.tensor(norm, dtype=torch.float64)
+
+
+def _clip(most: float | None) -> float:
+    return math.inf if most is None else most

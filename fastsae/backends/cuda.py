@@ -176,8 +176,9 @@ def fused_update(
     weight_decay: float,
     step: int,
     unit_norm: bool,
+    *_unused: object,
 ) -> None:
-    """As reference.fused_update."""
+    """As reference.fused_update without its options, which `dispatch` sends elsewhere."""
     nnz = entries.numel()
     values, grad_values = _values(values, entries, g.dtype), _values(grad_values, entries, g.dtype)
     g, x, row_scale, b_dec = rows_of(g), rows_of(x), floats(row_scale), floats(b_dec)

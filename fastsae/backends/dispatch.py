@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -34,6 +34,9 @@ class Choice:
     reason: str
 
 
+# Options of operators that a backend's kernel does not know.
+_LACKING = {"cuda": {"fused_update": ("clip_value", "clip_row_norm", "gradient_scale", "lazy", "streams")}}
+
 _override: str | None = None
 _last: dict[str, Choice] = {}
 
@@ -53,12 +56,15 @@ def _requested() -> tuple[str, str] | None:
     return None
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    """The backend for `op` on tensors of this device and dtype, and the reason."""
+def choose(op: str, device: torch.device, dtype: torch.dtype, options: Sequence[str] = ()) -> Choice:
+    """The backend for `op` on tensors of this device and dtype, and the reason.
+
+    `options` are those of the operator's optional arguments in use for which a backend may have no kernel.
+    """
     requested = _requested()
     if requested is not None:
         name, reason = requested
-        why_not = BACKENDS[name].why_not(op, device, dtype)
+        why_not = BACKENDS[name].why_not(op, device, dtype) or _why_not_with(name, op, options)
         if why_not:
             raise ValueError(f"backend {name!r} ({reason}) cannot run {op}: {why_not}")
         return Choice(name, reason)
@@ -69,9 +75,14 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     return Choice("torch", why_not or _UNVERIFIED)
 
 
-def call(op: str, device: torch.device, dtype: torch.dtype, *args):
+def _why_not_with(name: str, op: str, options: Sequence[str]) -> str:
+    lacking = [option for option in options if option in _LACKING.get(name, {}).get(op, ())]
+    return f"its kernel has no {', '.join(lacking)}: leave the choice to fastsae, or ask for torch" if lacking else ""
+
+
+def call(op: str, device: torch.device, dtype: torch.dtype, *args, options: Sequence[str] = ()):
     """Runs `op` on the chosen backend and remembers the choice for `fastsae.explain`."""
-    choice = choose(op, device, dtype)
+    choice = choose(op, device, dtype, options)
     _last[op] = choice
     kernel: Callable = getattr(BACKENDS[choice.backend], op)
     result = kernel(*args)

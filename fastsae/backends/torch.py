@@ -14,8 +14,10 @@ from fastsae.reference.encode import preactivations
 from fastsae.reference.precision import tokens_of, widen
 
 fused_update = reference.fused_update
+gradient_norm = reference.gradient_norm
 normalize_rows_ = reference.normalize_rows_
 project_rows_ = reference.project_rows_
+stochastic_rounding = reference.stochastic_rounding
 transpose = reference.transpose
 
 # Blocks hold at most this many elements: 64 MiB in float32.

@@ -146,5 +146,6 @@ class FusedAdamSAE(FastSAE):
 
     def step(self, problem: Problem) -> Iterator[str]:
         """A whole training step, in one part."""
+        problem.zero_grad()
         problem.fused_optimizer.step(problem.x)
         yield from ()

@@ -7,6 +7,7 @@ from fastsae.ops.encode_batch_topk import encode_batch_topk
 from fastsae.ops.encode_groupmax import encode_groupmax
 from fastsae.ops.encode_threshold import encode_threshold
 from fastsae.ops.fused_update import Slot, fused_update
+from fastsae.ops.gradient_norm import gradient_norm
 from fastsae.ops.nested_errors import nested_errors
 from fastsae.ops.sampled_dot import sampled_dot
 from fastsae.ops.squared_error import squared_error
@@ -23,6 +24,7 @@ __all__ = [
     "encode_threshold",
     "encode_topk",
     "fused_update",
+    "gradient_norm",
     "nested_errors",
     "normalize_rows_",
     "project_rows_",

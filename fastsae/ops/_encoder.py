@@ -27,7 +27,9 @@ def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     grad_x = grad_w = grad_b_enc = grad_b_dec = None
     if needs_w or needs_b_enc or needs_b_dec:
         latent_major = transposed(indices, offsets, w_enc.shape[0])
-        grad_w, grad_b_enc = accumulate_rows_op(g, *latent_major, x, b_dec, None)
+        # The sums of the values alone need no more than a column.
+        columns, shift = (x, b_dec) if needs_w else (x[:, :1], None)
+        grad_w, grad_b_enc = accumulate_rows_op(g, *latent_major, columns, shift, None)
     if needs_x:
         grad_x = decode_op(g, indices, offsets, w_enc, None)
     if needs_b_dec:

@@ -1,6 +1,7 @@
 """How an operator is declared: schema, kernel by dispatch, fake kernel, autograd, once and in one place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,19 +20,24 @@ def define(
     kernel: Callable | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    options: Sequence[str] = (),
 ) -> Callable:
     """Declares torch.ops.fastsae.<name>; the tensor argument called `by` decides device and dtype.
 
     Autograd is registered where `backward` is given. An operator made of others is one `kernel` for every backend.
+    `options` names arguments that a backend's kernel may lack; those that a call makes use of count in the choice.
     """
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    position = [argument.split()[-1] for argument in schema[1:].split(")")[0].split(", ")].index(by)
+    names = [argument.split()[-1] for argument in schema[1 : schema.index(" -> ") - 1].split(", ")]
+    position = names.index(by)
+    places = {option: names.index(option) for option in options}
 
     def call(*args):
         tensor: Tensor = args[position]
         if kernel is not None:
             return kernel(*args)
-        return dispatch.call(name, tensor.device, tensor.dtype, *args)
+        used = tuple(option for option, place in places.items() if _in_use(args[place]))
+        return dispatch.call(name, tensor.device, tensor.dtype, *args, options=used)
 
     def run(*args):
         tensor: Tensor = args[position]
@@ -46,3 +52,7 @@ def define(
     if backward is not None:
         torch.library.register_autograd(f"fastsae::{name}", backward, setup_context=setup_context, lib=_library)
     return getattr(torch.ops.fastsae, name).default
+
+
+def _in_use(value: Any) -> bool:
+    return value is not None and value is not False and not (isinstance(value, Sequence) and len(value) == 0)

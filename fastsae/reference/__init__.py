@@ -12,9 +12,11 @@ from fastsae.reference.encode_batch_topk import encode_batch_topk
 from fastsae.reference.encode_groupmax import encode_groupmax
 from fastsae.reference.encode_threshold import encode_threshold
 from fastsae.reference.fused_update import fused_update
+from fastsae.reference.gradient_norm import gradient_norm
 from fastsae.reference.nested_errors import nested_errors
 from fastsae.reference.sampled_dot import sampled_dot
 from fastsae.reference.squared_error import squared_error
+from fastsae.reference.stochastic_rounding import stochastic_rounding
 from fastsae.reference.transpose import transpose
 from fastsae.reference.unit_rows import normalize_rows_, project_rows_
 
@@ -26,10 +28,12 @@ __all__ = [
     "encode_threshold",
     "encode_topk",
     "fused_update",
+    "gradient_norm",
     "nested_errors",
     "normalize_rows_",
     "project_rows_",
     "sampled_dot",
     "squared_error",
+    "stochastic_rounding",
     "transpose",
 ]

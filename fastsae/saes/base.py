@@ -10,6 +10,7 @@ from fastsae.codes import SparseCodes
 from fastsae.ops import decode, normalize_rows_, project_rows_, squared_error
 from fastsae.saes import files, normalization
 from fastsae.saes.age import AgeBound
+from fastsae.saes.code_gradients import HasCodeGradients
 from fastsae.saes.decoder_norms import with_norms
 from fastsae.saes.initialization import SCHEMES, geometric_median, initialize
 from fastsae.saes.inputs import HasInputs
@@ -65,6 +66,7 @@ def feature_major(d_in: int, d_sae: int, **kwargs: Any) -> nn.Parameter:
 
 
 class SAE(
+    HasCodeGradients,
     HasInputs,
     ModelHubMixin,
     library_name="fastsae",
@@ -262,7 +264,9 @@ class SAE(
         Raises TypeError or ValueError for tensors that do not fit.
         """
         x, target = self._batch(x, target)
-        weights = self._weights()
+        return self._loss(x, target, self._weights())[0]
+
+    def _loss(self, x: Tensor, target: Tensor, weights: Weights) -> tuple[SAELoss, Active, Reconstruction]:
         active = self._activate(x, weights)
         if self.training:
             self.count_firing(active.codes)
@@ -272,7 +276,7 @@ class SAE(
             terms[name] = penalty.value
             if penalty.coefficient:
                 total = total + penalty.coefficient * penalty.value.to(total.dtype)
-        return SAELoss(total, terms, active.codes)
+        return SAELoss(total, terms, active.codes), active, error
 
     def _weights(self) -> Weights:
         if self._weighs_by_norms:

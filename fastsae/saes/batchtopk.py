@@ -78,6 +78,11 @@ class BatchTopKSAE(HasAuxK):
             **self._auxk_config(),
         }
 
+    @property
+    def gradients_by_formula(self) -> bool:
+        """With every option."""
+        return True
+
     def _encode_normalized(self, x: Tensor) -> SparseCodes:
         if self.training or self.threshold < 0:
             return self._rescaled(self._select(x, self.W_enc))

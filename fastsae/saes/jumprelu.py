@@ -135,6 +135,14 @@ class JumpReLUSAE(SAE):
     def _weighs_by_norms(self) -> bool:
         return not self.normalize_decoder and (self.penalty == "tanh" or self.pre_act_coefficient > 0)
 
+    @property
+    def gradients_by_formula(self) -> bool:
+        """No penalty on the decoder's norms and none on dead latents."""
+        return not (self._weighs_by_norms or self.pre_act_coefficient)
+
+    def _preactivations(self, active: Active) -> Tensor:
+        return active.extra.places.values
+
     def thresholds(self) -> Tensor:
         """θ of each latent: float32 [d_sae]."""
         return self.log_threshold.exp() if self.learns_log else self.threshold

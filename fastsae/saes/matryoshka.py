@@ -83,6 +83,11 @@ class MatryoshkaSAE(BatchTopKSAE):
         """The constructor's arguments, as JSON can hold them."""
         return super().config() | {"widths": self.widths, "width_weights": self.width_weights}
 
+    @property
+    def gradients_by_formula(self) -> bool:
+        """Each part of the dictionary has a residual of its own."""
+        return False
+
     def _reconstruct(self, active: Active, x: Tensor, target: Tensor, weights: Weights) -> Reconstruction:
         scale = variance(target)
         if self.skip:

@@ -97,6 +97,11 @@ class ReLUSAE(SAE):
     def _weighs_by_norms(self) -> bool:
         return self.penalty == "l1" and self.l1_weight == "decoder_norm"
 
+    @property
+    def gradients_by_formula(self) -> bool:
+        """No penalty on the decoder's norms and no ghost gradients."""
+        return not (self._weighs_by_norms or self.ghost_gradients)
+
     def _encode_normalized(self, x: Tensor) -> SparseCodes:
         return encode_threshold(x, self.W_enc, self.b_enc, b_dec=self._b_dec_of_input)
 

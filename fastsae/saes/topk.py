@@ -1,7 +1,5 @@
 """TopKSAE: exactly k latents for each token."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -13,6 +11,7 @@ from fastsae.ops.accumulate_rows import accumulate_rows_op
 from fastsae.ops.transpose import transposed
 from fastsae.saes.auxk import HasAuxK
 from fastsae.saes.base import Active, SAEOptions, Weights
+from fastsae.saes.code_gradients import CodeGradients, row_scale_of
 from fastsae.saes.loss import Penalty, Reconstruction, SAELoss, objective_of, variance
 from fastsae.saes.options import flag, one_of
 from fastsae.saes.registry import register
@@ -131,16 +130,12 @@ class TopKSAE(HasAuxK):
 
     @property
     def gradients_by_formula(self) -> bool:
-        """Whether `loss_with_gradients` covers this SAE's options: no skip connection and no Multi-TopK."""
+        """No skip connection and no Multi-TopK."""
         return not (self.skip or self.multi_topk)
 
     @torch.no_grad()
-    def loss_with_gradients(self, x: Tensor, target: Tensor | None = None) -> tuple[SAELoss, "CodeGradients"]:
-        """`loss` without AuxK, and by formula what its backward would need: for optimizers that fuse the rest.
-
-        The gradient of the reconstruction is row_scale_n · residual_n, that of W_dec and W_enc follows from it and
-        grad_values (see fastsae.ops.fused_update).
-        """
+    def loss_with_gradients(self, x: Tensor, target: Tensor | None = None) -> tuple[SAELoss, CodeGradients]:
+        """As SAE.loss_with_gradients, without autograd: one pass less over the residual."""
         x, target = self._batch(x, target)
         codes = self._select(x, self.W_enc, self.k)
         if self.training:
@@ -149,8 +144,7 @@ class TopKSAE(HasAuxK):
         mse, total_variance = squared.mean(), variance(target)
         fvu = mse / total_variance
         objective = objective_of(mse, fvu, self.reconstruction, target.shape[1])
-        share = objective_of(torch.ones_like(mse), 1 / total_variance, self.reconstruction, target.shape[1])
-        row_scale = (2 * share / max(codes.n_tokens, 1)).expand(codes.n_tokens).contiguous()
+        row_scale = row_scale_of(target, self.reconstruction, total_variance)
         grad_values = sampled_dot(residual, codes, self.W_dec) * row_scale[:, None].to(x.dtype)
         # A pick that ReLU cut to zero gets no gradient.
         grad_values = grad_values.where(~(codes.values <= 0), 0)
@@ -161,14 +155,4 @@ class TopKSAE(HasAuxK):
             _, grad_b_enc = accumulate_rows_op(grad_values, *latent_major, x[:, :1], None, None)
             grad_b_dec -= sum_of_rows(grad_b_enc, self.W_enc.T)
         terms = {"mse": mse, "fvu": fvu, "auxk": torch.zeros_like(fvu)}
-        return SAELoss(objective, terms, codes), CodeGradients(x, residual, row_scale, grad_values, grad_b_dec)
-
-
-class CodeGradients(NamedTuple):
-    """What a fused update needs besides the codes; rows are tokens."""
-
-    x: Tensor  # what was encoded, normalised [n_tokens, d_in]
-    residual: Tensor  # x̂ - target [n_tokens, d_out]
-    row_scale: Tensor  # the gradient of x̂_n is row_scale_n · residual_n
-    grad_values: Tensor  # gradient of the codes' values
-    grad_b_dec: Tensor  # [d_out]
+        return SAELoss(objective, terms, codes), CodeGradients(x, residual, row_scale, grad_values, grad_b_dec, {})

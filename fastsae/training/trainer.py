@@ -65,7 +65,7 @@ class Trainer:
         config: TrainConfig.
         optimizer: built from sae.parameters(), with its own learning rate. None is Adam with OpenAI's settings: betas
             (0.9, 0.999), eps 6.25e-10, fused. A fastsae.optim.FusedAdam has no gradients to clip: it needs
-            `clip_grad_norm=None`.
+            `clip_grad_norm=None`, and clips by its own `clip_norm`.
 
     Attributes:
         step, tokens, seconds: finished steps, tokens seen and wall-clock time so far.
@@ -84,7 +84,7 @@ class Trainer:
         if isinstance(self.optimizer, FusedAdam) and config.clip_grad_norm is not None:
             raise ValueError(
                 f"clip_grad_norm = {config.clip_grad_norm} with FusedAdam, which has no gradients to clip: expected "
-                "clip_grad_norm=None"
+                f"clip_grad_norm=None and FusedAdam(sae, clip_norm={config.clip_grad_norm})"
             )
         if config.k_start is not None and not hasattr(sae, "k"):
             raise ValueError(f"k_start = {config.k_start} for a {type(sae).__name__}: expected None, as it has no k")
@@ -215,6 +215,7 @@ class Trainer:
         with scheduled(self.sae, self.step, self.config):
             if isinstance(self.optimizer, FusedAdam):
                 loss = self.optimizer.step(x, target)
+                grad_norm = self.optimizer.grad_norm
             else:
                 self.optimizer.zero_grad()
                 loss = self.sae.loss(x, target)

@@ -19,9 +19,10 @@ def test_a_step_is_that_of_plain_pytorch():
             codes = sae.encode(x)
             loss = sae.loss(x)
             loss.total.backward()
+            gradients = [parameter.grad for parameter in sae.parameters()]
+            sae.zero_grad()
             # A large eps: without it the first step of Adam is the sign of the gradient.
             FusedAdam(sae, lr=0.1, eps=1.0).step(x)
-        gradients = [parameter.grad for parameter in sae.parameters()]
         results.append((codes.indices, [codes.values, sae.decode(codes), loss.mse, *gradients, *sae.parameters()]))
     (indices, expected), (found, actual) = results
     assert found.equal(indices)

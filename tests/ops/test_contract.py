@@ -9,6 +9,7 @@ from fastsae import SparseCodes, ops
 from fastsae.ops.accumulate_rows import accumulate_rows_op
 from fastsae.ops.decode import decode_op
 from fastsae.ops.encode import encode_topk_op
+from fastsae.ops.gradient_norm import gradient_norm_op
 from fastsae.ops.sampled_dot import sampled_dot_op
 from fastsae.ops.squared_error import squared_error_op
 from fastsae.ops.transpose import transpose_op
@@ -63,6 +64,17 @@ def accumulate_rows_arguments(dtype):
     )
 
 
+def gradient_norm_arguments(dtype):
+    codes = random_codes(N_TOKENS, D_SAE, K, dtype=dtype)
+    grad_values, g, x, w, b_dec, row_scale = (
+        leaf(*shape, dtype=kind).detach()
+        for shape, kind in (((N_TOKENS, K), dtype), ((N_TOKENS, D), dtype), ((N_TOKENS, D), dtype), ((D_SAE, D), dtype),
+                            ((D,), dtype), ((N_TOKENS,), torch.float32))
+    )  # fmt: skip
+    sums = codes.values, grad_values, *ops.transpose(codes), g
+    return (*sums, row_scale, x, b_dec, w, True, 0.5, 2.0), (*sums, None, x, None, w, False, None, None)
+
+
 OPERATORS = {
     encode_topk_op: encode_arguments,
     decode_op: decode_arguments,
@@ -70,6 +82,7 @@ OPERATORS = {
     sampled_dot_op: sampled_dot_arguments,
     transpose_op: transpose_arguments,
     accumulate_rows_op: accumulate_rows_arguments,
+    gradient_norm_op: gradient_norm_arguments,
 }
 # Held to their contracts by tests of their own: one changes its arguments, some find the sizes of their results.
 ELSEWHERE = {

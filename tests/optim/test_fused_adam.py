@@ -85,8 +85,9 @@ def test_state_goes_both_ways():
         fused.step(x)
         plain_step(theirs, plain, x)
     switched_to_plain, switched_to_fused = adam(ours, lr=1e-2), fastsae.optim.FusedAdam(theirs, lr=1e-2)
-    switched_to_plain.load_state_dict(fused.state_dict() | {"param_groups": plain.state_dict()["param_groups"]})
-    switched_to_fused.load_state_dict(plain.state_dict() | {"param_groups": fused.state_dict()["param_groups"]})
+    switched_to_plain.load_state_dict(fused.state_dict())
+    switched_to_fused.load_state_dict(plain.state_dict())
+    plain.zero_grad()
     for x in data[2:]:
         plain_step(ours, switched_to_plain, x)
         switched_to_fused.step(x)
@@ -110,6 +111,19 @@ def test_no_gradient_is_left_or_made():
     sae, _ = pair()
     fastsae.optim.FusedAdam(sae).step(torch.randn(37, 24))
     assert all(p.grad is None for p in sae.parameters())
+
+
+def test_a_gradient_is_not_passed_over():
+    """Neither added to what step(x) makes nor thrown away."""
+    sae, _ = pair()
+    optimizer = fastsae.optim.FusedAdam(sae)
+    x = batches(1)[0]
+    sae.loss(x).total.backward()
+    with pytest.raises(RuntimeError, match=r"W_enc holds a gradient, which step\(x\) would not use"):
+        optimizer.step(x)
+    optimizer.step_from_gradients()
+    optimizer.zero_grad()
+    optimizer.step(x)
 
 
 def test_refuses_what_it_cannot_train():

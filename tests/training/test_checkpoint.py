@@ -67,12 +67,13 @@ OPTIMIZERS = {
         [{"params": [sae.W_dec, sae.b_dec], "lr": 1e-3}, {"params": [sae.b_enc, sae.W_enc], "betas": (0.5, 0.9)}]
     ),
     "FusedAdam": FusedAdam,
+    "FusedAdam, clipped": lambda sae: FusedAdam(sae, clip_norm=0.05, state_dtype=torch.bfloat16, seed=9),
 }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_resumes_bit_for_bit(name, tmp_path):
-    clip = None if name == "FusedAdam" else 0.05
+    clip = None if name.startswith("FusedAdam") else 0.05
     whole_sae = new_sae()
     whole = Trainer(whole_sae, config(clip_grad_norm=clip), OPTIMIZERS[name](whole_sae))
     summary = whole.fit(batches(20))

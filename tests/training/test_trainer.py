@@ -63,8 +63,28 @@ def test_fused_adam_is_adam(sae):
     Trainer(sae, settings, FusedAdam(sae, lr=1e-3)).fit(batches(10))
     Trainer(other, settings, torch.optim.Adam(other.parameters(), lr=1e-3)).fit(batches(10))
     torch.testing.assert_close(sae.state_dict(), other.state_dict())
-    with pytest.raises(ValueError, match="with FusedAdam"):
+    with pytest.raises(
+        ValueError, match=r"with FusedAdam.*expected clip_grad_norm=None and FusedAdam\(sae, clip_norm="
+    ):
         Trainer(sae, config(1), FusedAdam(sae))
+
+
+def test_fused_adam_clips_as_the_trainer_does(sae, tmp_path):
+    """The same run, and the same norms in its log."""
+    other = fastsae.TopKSAE(D_IN, D_SAE, K)
+    other.load_state_dict(sae.state_dict())
+    settings = {"log_every": 1, "warmup_steps": 5}
+    norms = []
+    for name, trained, clip, optimizer in (
+        ("fused", sae, None, FusedAdam(sae, lr=1e-3, eps=1e-4, clip_norm=0.05)),
+        ("torch", other, 0.05, torch.optim.Adam(other.parameters(), lr=1e-3, eps=1e-4)),
+    ):
+        log = tmp_path / f"{name}.jsonl"
+        Trainer(trained, config(10, clip_grad_norm=clip, log_path=log, **settings), optimizer).fit(batches(10))
+        norms.append([json.loads(line)["grad_norm"] for line in log.read_text().splitlines()])
+    assert min(norms[0]) > 0.05
+    torch.testing.assert_close(torch.tensor(norms[0]), torch.tensor(norms[1]))
+    torch.testing.assert_close(sae.state_dict(), other.state_dict())
 
 
 def test_steps_are_those_of_the_docstring(sae):

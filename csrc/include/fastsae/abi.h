@@ -187,9 +187,9 @@ struct Adam {
   float weight_decay;
 };
 
-// Everything fused_update reads and writes; csrc/cpu/fused_update.cpp states the maths. Vectors are
-// matrices of one column.
-struct FusedUpdate {
+// The gradients of W_enc, b_enc and W_dec, latent by latent; csrc/cpu/latent_gradient.h states the
+// maths. A clip of infinity is none.
+struct LatentGradients {
   const void* values;
   const void* grad_values;
   LatentMajor codes;
@@ -199,14 +199,35 @@ struct FusedUpdate {
   const float* b_dec;
   int64_t d_in;
   int64_t d_out;
-  // In one dtype: that of g, or float32 where the parameters are rounded copies of these.
+  // Whose direction a row of the decoder's gradient loses with unit_norm.
+  MutableMatrix w_dec;
+  bool unit_norm;
+  float clip_value;
+  float clip_row_norm;
+};
+
+// The random bits of one parameter's moments in one step; csrc/cpu/stochastic_rounding.h.
+struct RandomStream {
+  uint32_t first;
+  uint32_t second;
+};
+
+// Everything fused_update reads and writes; csrc/cpu/fused_update.cpp states the maths. Vectors are
+// matrices of one column.
+struct FusedUpdate : LatentGradients {
+  // Weights in one dtype: that of g, or float32 where the parameters are rounded copies of these.
+  // Moments in the same, or in bfloat16 beside float32, then rounded at random.
   MutableMatrix w_enc, w_enc_first, w_enc_second;
   MutableMatrix b_enc, b_enc_first, b_enc_second;
-  MutableMatrix w_dec, w_dec_first, w_dec_second;
+  MutableMatrix w_dec_first, w_dec_second;
+  RandomStream w_enc_stream, b_enc_stream, w_dec_stream;
   // The rounded copies, in the dtype of g; no data where there are none.
   MutableMatrix w_enc_copy, b_enc_copy, w_dec_copy;
   Adam adam;
-  bool unit_norm;
+  // What every gradient is multiplied by before the step.
+  float gradient_scale;
+  // Latents without an entry are left as they are.
+  bool lazy;
 };
 
 }  // namespace fastsae

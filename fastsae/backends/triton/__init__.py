@@ -23,6 +23,7 @@ _MODULE_OF = {
     "transpose": "transpose",
     "accumulate_rows": "accumulate_rows",
     "fused_update": "fused_update",
+    "gradient_norm": "gradient_norm",
     "normalize_rows_": "unit_rows",
     "project_rows_": "unit_rows",
 }

@@ -31,6 +31,7 @@ def case(
     """
     words = types.split()
     signature = dict(zip(words[::2], words[1::2], strict=True))
-    aligned = tuple(n for n, t in signature.items() if t.startswith("*") or n == "d" or n.endswith("stride"))
+    runtime = {n: t for n, t in signature.items() if n not in constexprs}
+    aligned = tuple(n for n, t in runtime.items() if t.startswith("*") or n == "d" or n.endswith("stride"))
     ordered = {n: "constexpr" if n in constexprs else signature[n] for n in kernel.arg_names}
     return CompileCase(name, kernel, ordered, constexprs, options, aligned, archs)
