@@ -13,7 +13,7 @@ _AT_START = {"activation_scale": 1.0, "target_scale": 1.0, "tokens_since_fired":
 
 
 def build(cls: type[T], where: str, tensors: dict[str, Tensor], device: torch.device | str, **options: Any) -> T:
-    """An SAE of class `cls` with these options and, for its parameters and buffers by name, these tensors; in eval mode.
+    """An SAE of class `cls` with these options and these tensors by its names of parameters and buffers; in eval mode.
 
     Weights must have one dtype, which becomes the SAE's.
 

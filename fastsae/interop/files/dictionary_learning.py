@@ -57,6 +57,8 @@ def read(path: Path, device: torch.device | str) -> SAE:
         raise ValueError(f"{trainer.where}: k is not {options['k']}, as it is in {where}")
     if norm_factor is not None:
         _scale_biases(weights, norm_factor)
+    if cls is JumpReLUSAE:
+        weights["threshold"] = exactly(weights["threshold"], torch.float32, "threshold", where)
     return build(cls, where, weights, device, d_in=d_in, d_sae=d_sae, **options)
 
 
@@ -128,8 +130,7 @@ _GATED = {"r_mag": "r_mag", "gate_bias": "b_gate", "mag_bias": "b_mag"}
 
 def _jumprelu(tensors: Tensors) -> _Read:
     weights = _direct(tensors)
-    threshold = tensors.take("threshold", len(weights["W_dec"]))
-    weights["threshold"] = exactly(threshold, torch.float32, "threshold", tensors.where)
+    weights["threshold"] = tensors.take("threshold", len(weights["W_dec"]))
     options = {"apply_b_dec_to_input": False, "penalty": "target", "target_l0": 20, "bandwidth": 0.001}
     return JumpReLUSAE, weights, options
 
@@ -156,7 +157,7 @@ def _threshold(tensors: Tensors) -> Tensor:
             f"{tensors.where}: threshold = {threshold.item():g}: expected one of at least 0; until training has found "
             "one, its library keeps every positive activation, which fastsae's BatchTopKSAE does not"
         )
-    return threshold.double()
+    return threshold
 
 
 def _batchtopk(tensors: Tensors) -> _Read:

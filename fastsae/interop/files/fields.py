@@ -1,13 +1,12 @@
 """A JSON object of a file, read field by field: a wrong one is named with its file, value and what was expected."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# A config is a few kB; what is larger is another file, or a hostile one.
-_MOST_BYTES = 1 << 24
+from fastsae.strict_json import read_object
+
 # Sizes of tensors that any machine could hold.
 _MOST = 2**31 - 1
 _REQUIRED = object()
@@ -88,29 +87,5 @@ class Fields:
 
 
 def read_json(path: Path) -> Fields:
-    """The object in a JSON file.
-
-    Raises FileNotFoundError, and ValueError for what is not one object of strict JSON (NaN and infinities are not).
-    """
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes, where a config takes a few thousand")
-        values = json.loads(path.read_bytes(), parse_constant=_no_constant, parse_float=_finite)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a readable config ({error}); write it anew") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a readable config (not a JSON object); write it anew")
-    return Fields(values, str(path))
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is too large for a number")
-    return value
+    """The fields of a JSON file; raises as `fastsae.strict_json.read_object`."""
+    return Fields(read_object(path), str(path))

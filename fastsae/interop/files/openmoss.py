@@ -22,6 +22,11 @@ NAMES = (CONFIG_NAME, WEIGHTS_NAME)
 MAIN = WEIGHTS_NAME
 _LOG_THRESHOLD = "activation_function.log_jumprelu_threshold"
 _NORM = "dataset_average_activation_norm."
+# Fields that say nothing about what is computed: kernels, training, loading. top_k is there whatever the activation.
+_BESIDE_THE_POINT = (
+    "device", "dtype", "use_triton_kernel", "sparsity_threshold_for_triton_spmm_kernel", "jumprelu_threshold_window",
+    "jumprelu_lr_factor", "force_unit_decoder_norm", "sae_pretrained_name_or_path", "strict_loading", "top_k",
+)  # fmt: skip
 
 
 def recognizes(path: Path) -> bool:
@@ -33,6 +38,7 @@ def read(path: Path, device: torch.device | str) -> SAE:
     tensors = read_safetensors(path / WEIGHTS_NAME)
     fields.text("sae_type", "sae", of=("sae",))
     fields.refuse("use_glu_encoder", False, why="fastsae's encoders are linear")
+    fields.refuse("apply_decoder_bias_to_pre_encoder", False, why="its SAEs read x as it is")
     d_in, expansion = fields.size("d_model"), fields.number("expansion_factor")
     d_sae = int(d_in * expansion)
     hooks = [fields.text("hook_point_in"), fields.text("hook_point_out")]
@@ -54,6 +60,8 @@ def read(path: Path, device: torch.device | str) -> SAE:
     by_norm = fields.flag("sparsity_include_decoder_norm", True)
     act_fn = fields.text("act_fn", "relu", of=("relu", "jumprelu", "topk", "batchtopk"))
     cls, own = _activation(act_fn, by_norm, fields, tensors, weights)
+    fields.drop(*_BESIDE_THE_POINT)
+    fields.done()
     tensors.drop(*(_NORM + hook for hook in hooks))
     tensors.done()
     return build(

@@ -148,7 +148,7 @@ def _without_finetuning(tensors: Tensors) -> None:
         (d_sae,) = tensors.shape("scaling_factor", 1)
         if not bool((tensors.take("scaling_factor", d_sae) == 1).all()):
             raise ValueError(
-                f"{tensors.where}: scaling_factor is not 1 everywhere: expected an SAE without finetuning_scaling_factor"
+                f"{tensors.where}: scaling_factor is not 1 everywhere: expected no finetuning_scaling_factor"
             )
 
 
