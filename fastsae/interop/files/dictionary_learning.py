@@ -131,8 +131,7 @@ _GATED = {"r_mag": "r_mag", "gate_bias": "b_gate", "mag_bias": "b_mag"}
 def _jumprelu(tensors: Tensors) -> _Read:
     weights = _direct(tensors)
     weights["threshold"] = tensors.take("threshold", len(weights["W_dec"]))
-    options = {"apply_b_dec_to_input": False, "penalty": "target", "target_l0": 20, "bandwidth": 0.001}
-    return JumpReLUSAE, weights, options
+    return JumpReLUSAE, weights, {"apply_b_dec_to_input": False, "bandwidth": 0.001}
 
 
 def _k(tensors: Tensors) -> int:

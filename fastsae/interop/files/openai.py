@@ -23,9 +23,8 @@ _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_me
 def recognizes(path: Path) -> bool:
     if path.is_dir():
         return (path / WEIGHTS_NAME).is_file()
-    if path.suffix != ".pt" or path.stem == "ae" or path.stem.startswith("ae_"):
-        return False
-    return {"pre_bias", "latent_bias"} <= set(read_pickle(path))
+    # ae.pt and ae_STEP.pt are dictionary_learning's.
+    return path.suffix == ".pt" and path.stem != "ae" and not path.stem.startswith("ae_")
 
 
 def read(path: Path, device: torch.device | str) -> SAE:

@@ -100,4 +100,7 @@ def threshold_of(sae: SAE, library: str) -> Tensor:
     """
     if sae.threshold < 0:
         raise cannot(sae, library, "no threshold yet", "it is learned in training; use format='fastsae' until then")
-    return sae.threshold.float()
+    threshold = sae.threshold.float()
+    if sae.dtype == torch.float64 and threshold.double() != sae.threshold:
+        raise cannot(sae, library, "a threshold beyond float32", "cast the SAE first: sae.float()")
+    return threshold

@@ -202,3 +202,15 @@ def test_a_failed_write_leaves_the_previous_files(tmp_path, monkeypatch, format,
         build(name, options).save(tmp_path, format)
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert_same_sae(fastsae.load(tmp_path), first)
+
+
+@pytest.mark.parametrize("format", ["saelens", "dictionary_learning"])
+def test_a_threshold_is_rounded_only_where_the_encoder_rounds_it_too(tmp_path, format):
+    sae = build("BatchTopKSAE", {"k": 5})
+    sae.threshold.fill_(0.7 + 1e-12)
+    sae.save(tmp_path, format)
+    again, x = fastsae.load(tmp_path), torch.randn(37, D_IN)
+    for ours, theirs in zip(both(again, x), both(sae, x), strict=True):
+        assert_same_bits(ours, theirs)
+    with pytest.raises(ValueError, match="a threshold beyond float32"):
+        sae.double().save(tmp_path, format)
