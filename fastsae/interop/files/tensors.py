@@ -104,7 +104,7 @@ def tensors_of(values: Any, where: str) -> Tensors:
     for name, value in values.items():
         if type(value) is not Tensor and type(value) is not torch.nn.Parameter:
             raise ValueError(f"{where}: {name} is a {type(value).__name__}: expected a tensor")
-        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.device.type != "cpu":
+        if value.layout != torch.strided or value.is_meta or value.device.type != "cpu":
             raise ValueError(f"{where}: {name} is not a plain dense tensor")
         # A stride of 0 lets a small file claim a tensor of any size.
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
