@@ -6,7 +6,7 @@ from fastsae import ops, optim
 from fastsae.backends.dispatch import backend
 from fastsae.codes import SparseCodes
 from fastsae.explain import explain
-from fastsae.interop import accelerate, restore
+from fastsae.interop import accelerate, load, restore
 from fastsae.saes import (
     SAE,
     BatchTopKSAE,
@@ -17,7 +17,6 @@ from fastsae.saes import (
     SAELoss,
     SAEOutput,
     TopKSAE,
-    load,
 )
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The command line: `fastsae demo | train | eval | bench | doctor`, one command in each file."""
+"""The command line: `fastsae demo | train | eval | bench | convert | doctor`, one command in each file."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-COMMANDS = ("demo", "train", "eval", "bench", "doctor")
+COMMANDS = ("demo", "train", "eval", "bench", "convert", "doctor")
 
 for _name in COMMANDS:
     if importlib.util.find_spec(f"fastsae.cli.{_name}"):

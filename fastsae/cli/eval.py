@@ -13,11 +13,11 @@ from rich.table import Table
 from fastsae.activations.store import ActivationStore
 from fastsae.cli._errors import errors_as_messages
 from fastsae.evaluation import evaluate
-from fastsae.saes import load
+from fastsae.interop import load
 
 
 def eval(
-    sae: Annotated[Path, typer.Argument(help="Folder of an SAE.")],
+    sae: Annotated[str, typer.Argument(help="File or folder of an SAE in any format that is known, or a hub name.")],
     activations: Annotated[
         list[Path], typer.Argument(help="Files (.npy, .safetensors) of activations [..., d_in], or folders of them.")
     ],

@@ -1,5 +1,7 @@
 """What every SAE shares: parameters and their memory, input checks, normalisation, the frame of a loss, files."""
 
+from collections.abc import Mapping
+from os import PathLike
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
@@ -359,6 +361,22 @@ class SAE(
         before = optimizer.register_step_pre_hook(lambda *_: self.project_decoder_grad_())
         after = optimizer.register_step_post_hook(lambda *_: self.normalize_decoder_())
         return before, after
+
+    def save(self, path: str | PathLike, format: str = "fastsae", *, metadata: Mapping[str, Any] | None = None) -> None:
+        """Writes the SAE in fastsae's format or another library's; `fastsae.load` and that library read it.
+
+        Args:
+            path: a folder; for "openai" and "gemma_scope" also a file that ends in .pt or .npz.
+            format: "fastsae", "saelens", "sparsify", "dictionary_learning", "openai", "openmoss" or "gemma_scope".
+            metadata: what the library's config says besides, such as model_name and hook_name for SAELens.
+
+        Each file is written beside, synced and renamed. Raises ValueError, before anything is written, where the format
+        cannot say what this SAE computes; docs/files.md lists which can.
+        """
+        # Formats know the SAEs, and not the other way.
+        from fastsae.interop.files import save
+
+        save(self, path, format, metadata=metadata)
 
     save_pretrained = files.save_pretrained
     _from_pretrained = classmethod(files.from_pretrained)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from fastsae.durable import replace_file, replace_file_by
 from fastsae.saes.registry import ARCHITECTURES
+from fastsae.strict_json import read_object
 
 if TYPE_CHECKING:
     from fastsae.saes.base import SAE
@@ -77,14 +78,9 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> "SAE":
 
 def _build(config_path: Path) -> "SAE":
     """The module a config.json describes, on the meta device: shapes without memory."""
-    try:
-        config = json.loads(config_path.read_text())
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-    except ValueError as error:
-        raise ValueError(f"{config_path} is not a readable config ({error}); write it anew") from error
+    config = read_object(config_path)
     name = config.pop("architecture", None)
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(f"{config_path}: architecture = {name!r}: expected one of {', '.join(ARCHITECTURES)}")
     config.pop("fastsae_version", None)
     dtype = getattr(torch, str(config.pop("dtype", "float32")), None)
@@ -92,7 +88,8 @@ def _build(config_path: Path) -> "SAE":
         raise ValueError(f"{config_path}: dtype is not one of float16, bfloat16, float32, float64")
     try:
         return ARCHITECTURES[name](**config, device="meta", dtype=dtype)
-    except (TypeError, ValueError) as error:
+    # torch's own are RuntimeErrors: sizes whose product is beyond 64 bits.
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{config_path} does not describe a {ARCHITECTURES[name].__name__}: {error}") from error
 
 

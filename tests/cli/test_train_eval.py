@@ -127,7 +127,7 @@ def test_bad_input_is_one_line(run, activations, tmp_path):
     assert "Error: k = 3: expected" in message("train", activations, "--out", out, "--d-sae", 2, "--k", 3)
     assert "nowhere.npy does not exist" in message("train", tmp_path / "nowhere.npy", "--out", out, *OPTIONS)
     assert not out.exists(), "a run that never began should leave nothing"
-    assert "config.json does not exist" in message("eval", tmp_path, activations)
+    assert "holds no SAE that fastsae knows" in message("eval", tmp_path, activations)
 
 
 def test_eval_of_constant_activations(run, tmp_path):
