@@ -124,7 +124,7 @@ def _before_6(config: Fields) -> Fields:
     if activation == "topk" or fields["architecture"] == "topk":
         if fields["architecture"] not in ("standard", "topk"):
             config.fail("activation_fn", "topk", f"'relu' with architecture {fields['architecture']!r}")
-        fields |= {"architecture": "topk", "k": own.take("k")}
+        fields |= {"architecture": "topk", "k": own.take("k") if "k" in own else config.take("k")}
     return Fields(fields, config.where)
 
 
