@@ -216,6 +216,10 @@ def test_the_factor_of_activations_comes_from_activation_scaler(tmp_path):
     original.save_model(tmp_path)
     with pytest.raises(ValueError, match=r"expected_average_only_in.*activation_scaler\.json"):
         fastsae.load(tmp_path)
+    for value in ("null", "0", "-1", "1e39", '"0.25"', "true"):
+        (tmp_path / "activation_scaler.json").write_text(f'{{"scaling_factor": {value}}}')
+        with pytest.raises(ValueError, match=r"activation_scaler\.json: scaling_factor = "):
+            fastsae.load(tmp_path)
     (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 0.25}')
     sae = fastsae.load(tmp_path)
     assert sae.normalize_activations == "scalar"
