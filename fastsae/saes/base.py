@@ -368,7 +368,8 @@ class SAE(
         Args:
             path: a folder; for "openai" and "gemma_scope" also a file that ends in .pt or .npz.
             format: "fastsae", "saelens", "sparsify", "dictionary_learning", "openai", "openmoss" or "gemma_scope".
-            metadata: what the library's config says besides, such as model_name and hook_name for SAELens.
+            metadata: what the config of "saelens", "dictionary_learning" or "openmoss" says besides, as JSON can hold
+                it, such as model_name and hook_name for SAELens.
 
         Each file is written beside, synced and renamed. Raises ValueError, before anything is written, where the format
         cannot say what this SAE computes; docs/files.md lists which can.

@@ -1,5 +1,6 @@
 """SAE files of every library that fastsae reads and writes, one library in each file."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,4 +50,11 @@ def save(
     sae: SAE, path: str | os.PathLike, format: str = "fastsae", *, metadata: Mapping[str, Any] | None = None
 ) -> None:
     """Writes an SAE as `SAE.save` says."""
-    named(format).write(sae, Path(path), dict(metadata or {}))
+    known, metadata = named(format), dict(metadata or {})
+    if metadata and not known.KEEPS_METADATA:
+        raise ValueError(f"metadata = {metadata}: expected none, as format {format!r} has no place for it")
+    try:
+        json.dumps(metadata, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata = {metadata}: expected what JSON can hold ({error})") from error
+    known.write(sae, Path(path), metadata)

@@ -19,6 +19,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "ae.pt"
 NAMES = (CONFIG_NAME, WEIGHTS_NAME)
 MAIN = WEIGHTS_NAME
+KEEPS_METADATA = True
 
 
 def recognizes(path: Path) -> bool:
@@ -241,15 +242,15 @@ def write(sae: SAE, path: Path, metadata: Mapping[str, Any]) -> None:
         raise cannot(sae, "dictionary_learning", f"architecture = {sae.architecture!r}", "use format='fastsae'")
     check(sae, "dictionary_learning", subtracts_b_dec=subtracts)
     trainer = {
+        "layer": None,
+        "lm_name": "",
+        "submodule_name": None,
+        **metadata,
         "dict_class": dict_class,
         "trainer_class": trainer_class,
         "activation_dim": sae.d_in,
         "dict_size": sae.d_sae,
         **own,
-        "layer": None,
-        "lm_name": "",
-        "submodule_name": None,
-        **metadata,
     }
     write_pickle(folder(path) / WEIGHTS_NAME, tensors)
     write_json(path / CONFIG_NAME, {"trainer": trainer, "buffer": {}})

@@ -15,6 +15,7 @@ from fastsae.saes.base import SAE
 WEIGHTS_NAME = "params.npz"
 NAMES = (WEIGHTS_NAME,)
 MAIN = WEIGHTS_NAME
+KEEPS_METADATA = False
 
 
 def recognizes(path: Path) -> bool:
@@ -46,7 +47,7 @@ def _spelled(tensors: Tensors, name: str) -> str:
 
 
 def write(sae: SAE, path: Path, metadata: Mapping[str, Any]) -> None:
-    """To the file `path` if it ends in .npz, else into the folder; `metadata` has no place in it."""
+    """To the file `path` if it ends in .npz, else into the folder."""
     if not isinstance(sae, JumpReLUSAE):
         raise cannot(sae, "Gemma Scope", f"architecture = {sae.architecture!r}", "they are JumpReLU SAEs alone")
     check(sae, "Gemma Scope", transcoders=True, subtracts_b_dec=False)

@@ -11,6 +11,7 @@ from fastsae.saes.base import SAE
 
 NAMES = (files.CONFIG_NAME, files.WEIGHTS_NAME)
 MAIN = files.WEIGHTS_NAME
+KEEPS_METADATA = False
 
 
 def recognizes(path: Path) -> bool:
@@ -22,5 +23,4 @@ def read(path: Path, device: torch.device | str) -> SAE:
 
 
 def write(sae: SAE, path: Path, metadata: Mapping[str, Any]) -> None:
-    """`metadata` has no place in these files."""
     sae.save_pretrained(path)

@@ -16,6 +16,7 @@ from fastsae.saes.base import SAE
 WEIGHTS_NAME = "autoencoder.pt"
 NAMES = (WEIGHTS_NAME,)
 MAIN = WEIGHTS_NAME
+KEEPS_METADATA = False
 # Counts of its own training, in calls and not in tokens; nothing is computed from them.
 _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 
@@ -59,7 +60,7 @@ def read(path: Path, device: torch.device | str) -> SAE:
 
 
 def write(sae: SAE, path: Path, metadata: Mapping[str, Any]) -> None:
-    """To the file `path` if it ends in .pt, else into the folder; `metadata` has no place in it."""
+    """To the file `path` if it ends in .pt, else into the folder."""
     if isinstance(sae, TopKSAE):
         # By its activation alone the reader decides whether to normalise.
         check(sae, "OpenAI", normalizations=("layer_norm",), subtracts_b_dec=True)

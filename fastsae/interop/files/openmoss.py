@@ -20,6 +20,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "sae_weights.safetensors"
 NAMES = (CONFIG_NAME, WEIGHTS_NAME)
 MAIN = WEIGHTS_NAME
+KEEPS_METADATA = True
 _LOG_THRESHOLD = "activation_function.log_jumprelu_threshold"
 _NORM = "dataset_average_activation_norm."
 # Fields that say nothing about what is computed: kernels, training, loading. top_k is there whatever the activation.

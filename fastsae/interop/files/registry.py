@@ -16,10 +16,12 @@ class Format(Protocol):
     Attributes:
         NAMES: its files in a folder, for a hub to fetch.
         MAIN: that among them which tells it from others, for messages.
+        KEEPS_METADATA: whether `write` has a place for it.
     """
 
     NAMES: tuple[str, ...]
     MAIN: str
+    KEEPS_METADATA: bool
 
     def recognizes(self, path: Path) -> bool:
         """Whether an existing file or folder looks like this format."""

@@ -29,6 +29,7 @@ WEIGHTS_NAME = "sae_weights.safetensors"
 SCALER_NAME = "activation_scaler.json"
 NAMES = (CONFIG_NAME, WEIGHTS_NAME, SCALER_NAME)
 MAIN = WEIGHTS_NAME
+KEEPS_METADATA = True
 
 # The version of the layout that is written; SAELens reads a config without one as older than 6.
 _LAYOUT = "6.0.0"
@@ -124,7 +125,7 @@ def _before_6(config: Fields) -> Fields:
     if activation == "topk" or fields["architecture"] == "topk":
         if fields["architecture"] not in ("standard", "topk"):
             config.fail("activation_fn", "topk", f"'relu' with architecture {fields['architecture']!r}")
-        fields |= {"architecture": "topk", "k": own.take("k")}
+        fields |= {"architecture": "topk", "k": own.take("k") if "k" in own else config.take("k")}
     return Fields(fields, config.where)
 
 
@@ -138,8 +139,8 @@ def _scale(path: Path, fields: Fields) -> Tensor:
         )
     scaler = read_json(path / SCALER_NAME)
     value = scaler.number("scaling_factor")
-    if not value > 0:
-        scaler.fail("scaling_factor", value, "a number above 0")
+    if not 0 < value <= torch.finfo(torch.float32).max:
+        scaler.fail("scaling_factor", value, "a number above 0 that float32 holds")
     return torch.tensor(value, dtype=torch.float32)
 
 
@@ -259,7 +260,7 @@ def write(sae: SAE, path: Path, metadata: Mapping[str, Any]) -> None:
         "normalize_activations": sae.normalize_activations,
         "reshape_activations": "none",
         **own,
-        "metadata": {"sae_lens_version": _LAYOUT, "sae_lens_training_version": None, **metadata},
+        "metadata": {**metadata, "sae_lens_version": _LAYOUT, "sae_lens_training_version": None},
         "architecture": architecture,
     }
     write_safetensors(folder(path) / WEIGHTS_NAME, tensors)

@@ -17,6 +17,7 @@ CONFIG_NAME = "cfg.json"
 WEIGHTS_NAME = "sae.safetensors"
 NAMES = (CONFIG_NAME, WEIGHTS_NAME)
 MAIN = WEIGHTS_NAME
+KEEPS_METADATA = False
 
 
 def recognizes(path: Path) -> bool:
@@ -58,7 +59,6 @@ def read(path: Path, device: torch.device | str) -> SAE:
 
 
 def write(sae: SAE, path: Path, metadata: Mapping[str, Any]) -> None:
-    """`metadata` has no place in these files."""
     if not isinstance(sae, TopKSAE):
         raise cannot(sae, "sparsify", f"architecture = {sae.architecture!r}", "it has TopK and GroupMax alone")
     check(sae, "sparsify", transcoders=True, subtracts_b_dec=True)

@@ -214,3 +214,18 @@ def test_a_threshold_is_rounded_only_where_the_encoder_rounds_it_too(tmp_path, f
         assert_same_bits(ours, theirs)
     with pytest.raises(ValueError, match="a threshold beyond float32"):
         sae.double().save(tmp_path, format)
+
+
+@pytest.mark.parametrize("format", HELD)
+def test_metadata_has_a_place_or_is_refused(tmp_path, format):
+    sae = build(*HELD[format][0])
+    if format in ("saelens", "dictionary_learning", "openmoss"):
+        sae.save(tmp_path, format, metadata={"hook_point_in": "a name", "hook_point_out": "a name"})
+        assert any("a name" in path.read_text() for path in tmp_path.glob("*.json"))
+        for value in (object(), float("nan")):
+            with pytest.raises(ValueError, match=r"metadata = .*expected what JSON can hold"):
+                sae.save(tmp_path / "other", format, metadata={"hook_name": value})
+    else:
+        with pytest.raises(ValueError, match=f"format '{format}' has no place for it"):
+            sae.save(tmp_path / "other", format, metadata={"hook_name": "a name"})
+    assert not (tmp_path / "other").exists()

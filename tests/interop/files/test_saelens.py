@@ -166,6 +166,7 @@ BEFORE_6 = {
         ("StandardSAE", {"sae_lens_version": "5.9.1"}),
         ("TopKSAE", {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}}),
         ("TopKSAE", {"activation_fn": "topk", "activation_fn_kwargs": {"k": 5}}),
+        ("TopKSAE", {"architecture": "topk", "k": 5, "activation_fn_kwargs": ...}),
         ("JumpReLUSAE", {"architecture": "jumprelu"}),
         ("GatedSAE", {"architecture": "gated"}),
     ],
@@ -173,10 +174,31 @@ BEFORE_6 = {
 @pytest.mark.filterwarnings("ignore")
 def test_configs_before_version_6(tmp_path, name, change):
     save_file(dict(theirs(name, {}).state_dict()), tmp_path / "sae_weights.safetensors")
-    (tmp_path / "cfg.json").write_text(json.dumps(BEFORE_6 | change))
+    config = {name: value for name, value in (BEFORE_6 | change).items() if value is not ...}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
     original = sae_lens.SAE.load_from_disk(tmp_path)
     assert type(original).__name__ == name
     assert_as_its_library(fastsae.load(tmp_path), original, run, torch.randn(37, D_IN))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation_fn_str": "tanh-relu"}, "activation_fn = 'tanh-relu'"),
+        ({"activation_fn_str": "topk"}, "k is missing"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5, "signed": True}}, "signed = True"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": [5]}, r"activation_fn_kwargs = \[5\]"),
+        ({"activation_fn_str": "topk", "architecture": "gated"}, "activation_fn = 'topk'"),
+        ({"normalize_activations": True}, "expected_average_only_in"),
+        ({"architecture": "transcoder"}, "architecture = 'transcoder'"),
+    ],
+)
+def test_configs_before_version_6_that_are_refused(tmp_path, change, message):
+    save_file(dict(theirs("StandardSAE", {}).state_dict()), tmp_path / "sae_weights.safetensors")
+    (tmp_path / "cfg.json").write_text(json.dumps(BEFORE_6 | change))
+    with pytest.raises(ValueError, match=message) as error:
+        fastsae.load(tmp_path)
+    assert "cfg.json" in str(error.value)
 
 
 def test_a_scaling_factor_of_ones_is_none_and_any_other_is_refused(tmp_path):
@@ -194,6 +216,10 @@ def test_the_factor_of_activations_comes_from_activation_scaler(tmp_path):
     original.save_model(tmp_path)
     with pytest.raises(ValueError, match=r"expected_average_only_in.*activation_scaler\.json"):
         fastsae.load(tmp_path)
+    for value in ("null", "0", "-1", "1e39", '"0.25"', "true"):
+        (tmp_path / "activation_scaler.json").write_text(f'{{"scaling_factor": {value}}}')
+        with pytest.raises(ValueError, match=r"activation_scaler\.json: scaling_factor = "):
+            fastsae.load(tmp_path)
     (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 0.25}')
     sae = fastsae.load(tmp_path)
     assert sae.normalize_activations == "scalar"
