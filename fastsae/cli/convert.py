@@ -10,7 +10,7 @@ from fastsae.interop import load
 
 
 def convert(
-    src: Annotated[str, typer.Argument(help="File or folder of an SAE, or a hub name: owner/name[/folder].")],
+    src: Annotated[str, typer.Argument(help="File or folder of an SAE, or a hub name: owner/name/folder.")],
     dst: Annotated[Path, typer.Argument(help="Folder (or .pt or .npz file) to write; it must not exist.")],
     to: Annotated[
         str,

@@ -50,3 +50,7 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(convert, tmp_path):
     assert "expected KEY=VALUE" in convert(tmp_path / "a", tmp_path / "b", "--metadata", "x", exit_code=1)
     assert "exists: expected a new path" in convert(tmp_path / "a", tmp_path / "a", "--to", "saelens", exit_code=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_help_is_shown():
+    assert "--to" in CliRunner().invoke(app, ["convert", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
