@@ -31,8 +31,6 @@ _FEWEST_LATENTS_PER_PICK = 4
 # A float32 screen reads all of W_enc once more; computing every value of one row costs about an eighth of that.
 _FEWEST_ROWS_TO_RESCREEN = 8
 
-# Rows that share a walk through W_enc, and the memory for their candidates.
-_PANEL_ROWS = 1024
 # The one-pass screen that measured fastest on each instruction set: D = 768, F = 24,576, k = 32, N = 2,048 on two cores
 # of Sapphire Rapids, milliseconds of encode_topk in bfloat16 / int8 / int16: 91 / 130 / - by tile registers, 537 / 142
 # / 148 by AVX-512 with VNNI (its instruction for bfloat16 is slower by far); by float32 products 400 to 470.
@@ -188,7 +186,7 @@ class Screen:
             select = self._select_nothing
             rows, capacity = _ROWS, 0
         elif self.kind is not None:
-            select, rows, capacity = self._panels(), _PANEL_ROWS, self.kind.capacity(self.k)
+            select, rows, capacity = self._panels(), self.kind.rows, self.kind.capacity(self.k)
         else:
             select, rows, capacity = self._products(), _ROWS, 4 * self.k + 128
         state = _State(min(rows, self.x.shape[0]), capacity)

@@ -52,6 +52,11 @@ class Kind(IntEnum):
         """Candidates that a row has room for. Gaussian rows at D = 768, F = 24,576, k = 32 keep some 60, 375 and 35."""
         return 24 * k + 256 if self is Kind.int8 else 4 * k + 128
 
+    @property
+    def rows(self) -> int:
+        """Rows that share a walk through W_enc, and the memory for their candidates."""
+        return 512 if self is Kind.int8 else 1024
+
 
 class _Packed:
     """Memory for n rows in one of the layouts of `csrc/cpu/pack_panels.cpp`, and for what is known of each."""
