@@ -1,5 +1,6 @@
 """README.md: its figures are those of a committed record, and its code runs."""
 
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -27,6 +28,14 @@ def test_the_table_is_what_the_record_gives(generator):
 def test_the_architectures_are_what_the_record_gives(generator):
     block = generator.architectures()
     assert generator.inserted(README, block, "architectures") == README, "run python benchmarks/readme_table.py"
+
+
+def test_the_other_libraries_are_what_the_records_give(generator, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    interop = importlib.import_module("interop")
+    assert generator.inserted(README, interop.table(), "interop") == README, (
+        "run python benchmarks/interop_libraries.py --table-only"
+    )
 
 
 def test_every_figure_of_the_table_is_in_the_record(generator):
