@@ -1,6 +1,6 @@
 """Training runs of SAELens, sparsify and dictionary_learning before and after fastsae.accelerate, in one table.
 
-    python benchmarks/interop_libraries.py                # runs all three, writes the records and the table of README.md
+    python benchmarks/interop_libraries.py                # runs all three; writes the records and README.md's table
     python benchmarks/interop_libraries.py --table-only   # the table again, from the records
 
 Each library's own script does the work (interop_saelens.py, interop_sparsify.py, interop_dictionary_learning.py): a
