@@ -13,7 +13,8 @@ _QUICK_ROUNDS = 3
 
 def bench(
     results: Annotated[
-        list[Path] | None, typer.Argument(help="Result files to plot; nothing is measured then.")
+        list[Path] | None,
+        typer.Argument(help="Result files to plot, or `compare OLD NEW`; nothing is measured then."),
     ] = None,
     shape: Annotated[list[str] | None, typer.Option(help="Registered shape; repeatable. Default: gpt2-small.")] = None,
     list_shapes: Annotated[bool, typer.Option("--list", help="List the registered shapes and stop.")] = False,
@@ -49,6 +50,9 @@ def bench(
     try:
         if arch:
             _bench_architectures(arch, shape, tokens, k, repeats, threads, quick, memory, out, json, console)
+            return
+        if results and results[0] == Path("compare"):
+            _compare(results[1:], console)
             return
         if results:
             _plot_files(results, plot)
@@ -135,6 +139,14 @@ def _plot_files(results: list[Path], plot: Path | None) -> None:
         raise ValueError("result files are there to be plotted: give --plot FILE")
     draw([load_result(path) for path in results], plot)
     typer.echo(f"drew {plot}", err=True)
+
+
+def _compare(results: list[Path], console) -> None:
+    from fastsae.bench import compare, load_result
+
+    if len(results) != 2:
+        raise ValueError(f"compare takes two result files, OLD and NEW: got {len(results)}")
+    compare.show(*map(load_result, results), console)
 
 
 def _wide(console):
